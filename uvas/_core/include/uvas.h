@@ -1,0 +1,358 @@
+/* uvas.h: the whole C contract of uvas, an allocator of address space that hosts and devices share.
+ *
+ * A *space* hands out *reservations*: ranges of addresses that mean the same thing on the host and on every attached *device*.
+ * Memory is *committed* inside them. uvas never replaces a mapping that it does not own; an address is a demand or it is absent, never a hint.
+ *
+ * Conventions
+ *   ranges      (uintptr_t base, size_t size) in bytes, half-open, in that order
+ *   results     0 or -errno; values through out-parameters, untouched on failure
+ *   failures    a call that fails has changed nothing. uvas_last_failure() tells the calling thread what happened, in fields and in a sentence
+ *   handles     64-bit ids that are never used again; 0 is none. A released, closed or inherited (fork) id answers -ESTALE
+ *   threads     every function may be called from any thread. uvas_find, uvas_registry_* and uvas_unlease take no lock
+ *   fork        the child starts with an empty registry: ids of the parent are dead there, its memory is inherited as memory always is
+ *
+ * Errors, by the condition that causes them
+ *   -EEXIST     somebody is there (failure: in the way, owner)           -ENOSPC   no room in the window for it (failure: tried)
+ *   -EDQUOT     a limit of this process is reached (what, value, remedy) -ENOMEM   no memory behind it
+ *   -ENOTSUP    this kernel or device cannot (what, remedy)              -ESTALE   the handle is dead
+ *   -EINVAL     the caller's mistake (text)                              -EBUSY    under a live lease
+ *   other       what a device's callback answered (failure: kind DEVICE) or a system call that should not fail did
+ */
+#ifndef UVAS_H
+#define UVAS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#ifndef UVAS_API
+#define UVAS_API __attribute__((visibility("default")))
+#endif
+
+/* cffi: begin (from here on plain declarations; the build reads them too) */
+
+#define UVAS_ABI_VERSION 1
+#define UVAS_DEFAULT_ATTEMPTS 64
+#define UVAS_TRIED_MAX 32
+#define UVAS_DEVICES_MAX 32
+
+typedef uint64_t uvas_id;
+
+/* ---- the platform, learnt once at run time -------------------------------------------------------------------------------- */
+
+enum uvas_flag { /* what this kernel does with MAP_FIXED_NOREPLACE, found by trying */
+    UVAS_FLAG_HONOURED = 1, /* Linux 4.19 and later: EEXIST */
+    UVAS_FLAG_ENOMEM = 2,   /* the first MAP_FIXED_SAFE proposal: a conflict answers ENOMEM */
+    UVAS_FLAG_IGNORED = 3,  /* before 4.17, gVisor, emulators: the address is a hint; uvas compares and gives strays back */
+    UVAS_FLAG_PARTIAL = 4,  /* 4.17 and 4.18 clobber on partial overlap; uvas does not use the flag there */
+    UVAS_FLAG_REFUSED = 5,  /* WSL1: EOPNOTSUPP; uvas does not use the flag there */
+};
+
+struct uvas_platform {
+    size_t page_size;           /* bytes */
+    size_t shared_alignment;    /* bytes; where a shared mapping may start (SHMLBA); the page size on most architectures */
+    uint32_t address_bits;      /* reachable on request */
+    uint32_t window_bits;       /* of addresses that the kernel gives without being asked for more */
+    uint32_t flag;              /* enum uvas_flag */
+    uint32_t has_procmap_query; /* 0 or 1, as are the next ones */
+    uint32_t has_guard;         /* MADV_GUARD_INSTALL on private memory */
+    uint32_t has_tag;           /* a sealed empty memfd can be mapped */
+};
+
+UVAS_API unsigned uvas_abi_version(void);
+UVAS_API int uvas_platform(struct uvas_platform *out);
+
+/* ---- what went wrong ------------------------------------------------------------------------------------------------------- */
+
+enum uvas_failure_kind {
+    UVAS_FAILURE_NONE = 0,
+    UVAS_FAILURE_IN_USE = 1,
+    UVAS_FAILURE_EXHAUSTED = 2,
+    UVAS_FAILURE_LIMIT = 3,
+    UVAS_FAILURE_MEMORY = 4,
+    UVAS_FAILURE_DEVICE = 5,
+    UVAS_FAILURE_UNSUPPORTED = 6,
+    UVAS_FAILURE_RELEASED = 7,
+    UVAS_FAILURE_INVALID = 8,
+    UVAS_FAILURE_BUSY = 9,
+    UVAS_FAILURE_SYSTEM = 10,
+};
+
+struct uvas_tried { /* one candidate of a search and why it was not taken */
+    uintptr_t base;
+    char reason[72];
+};
+
+struct uvas_failure {
+    uint32_t kind; /* enum uvas_failure_kind */
+    int32_t code;  /* what the call returned */
+    uintptr_t base; /* what was wanted */
+    size_t size;
+    uintptr_t other_base; /* what is in the way; other_size 0: not known */
+    size_t other_size;
+    uint64_t value; /* the limit's value */
+    uint32_t tried_count; /* candidates tried in all; the last UVAS_TRIED_MAX of them are in `tried`, oldest first */
+    uint32_t tried_kept;
+    uint64_t poisoned; /* id of a reservation whose undo failed, or 0 */
+    char owner[192];   /* who is in the way: a reservation's name, a device, a line of /proc/self/maps */
+    char what[64];     /* the limit, the feature, the device, the system call */
+    char remedy[192];
+    char text[640]; /* a sentence for a person */
+    struct uvas_tried tried[UVAS_TRIED_MAX];
+};
+
+/* The calling thread's last failure. Valid until its next failing call; kind is NONE before the first one. Never NULL. */
+UVAS_API const struct uvas_failure *uvas_last_failure(void);
+
+/* ---- spaces ---------------------------------------------------------------------------------------------------------------- */
+
+enum uvas_backing { /* what commit puts behind the addresses; a set of bits */
+    UVAS_BACKING_ANONYMOUS = 1, /* private anonymous memory: nobody else sees it, or those who follow host addresses */
+    UVAS_BACKING_MEMFD = 2,     /* one memfd a reservation, mapped shared, at the reservation's own offsets */
+    UVAS_BACKING_DESCRIPTOR = 4, /* a descriptor of the caller's (map_fd) */
+    UVAS_BACKING_DRIVER = 8,    /* what a device that owns the range maps there */
+};
+
+enum uvas_space_flags {
+    UVAS_UNTAGGED = 1, /* plain anonymous reservations: /proc/PID/maps does not name them and audit sees less */
+};
+
+struct uvas_space_options {
+    const char *name;      /* at most 63 bytes are kept; NULL: "uvas" */
+    uintptr_t window_base; /* reservations lie inside [window_base, window_base + window_size); size 0: anywhere that every party reaches */
+    size_t window_size;
+    uint32_t backing;  /* one of ANONYMOUS, MEMFD; 0: what the devices agree on, ANONYMOUS first */
+    uint32_t flags;    /* enum uvas_space_flags */
+    uint32_t attempts; /* candidates acted on by one reserve, at most; 0: UVAS_DEFAULT_ATTEMPTS */
+};
+
+struct uvas_space_stats {
+    uint64_t reservations; /* live now */
+    uint64_t adoptions;
+    uint64_t reserved_bytes; /* live now */
+    uint64_t committed_bytes;
+    uint64_t reserves;  /* that succeeded, ever */
+    uint64_t releases;
+    uint64_t attempts;  /* candidates acted on, ever */
+    uint64_t conflicts; /* answered "taken", ever, by the host or a device */
+    uint64_t registry_conflicts; /* candidates found claimed in the registry, ever */
+    uint64_t quarantined_bytes;  /* released, addresses still held because the kernel had no mapping left to split; given back later */
+    uint64_t poisoned_bytes;     /* an undo failed: never used again */
+    uint64_t lost_bytes;         /* taken by somebody else behind our back, found by heal */
+};
+
+UVAS_API int uvas_space_open(const struct uvas_space_options *options, uvas_id *out);
+/* Releases what is left in it and forgets it. -EBUSY, before anything is released, while a lease lives in it. */
+UVAS_API int uvas_space_close(uvas_id space);
+UVAS_API int uvas_space_stats(uvas_id space, struct uvas_space_stats *out);
+
+/* ---- devices: parties that must agree to an address ------------------------------------------------------------------------ */
+
+enum uvas_placement { /* how a device agrees to an address */
+    UVAS_FOLLOWS = 0,   /* a host address is enough: claim and unclaim are not called */
+    UVAS_CLAIMS = 1,    /* it has an address space of its own and can refuse */
+    UVAS_REGISTERS = 2, /* host memory is made known to it at commit: claim and unclaim are not called */
+    UVAS_OWNS = 3,      /* its claim takes the address itself, on the host too: it is asked first; at most one in a space */
+};
+
+enum uvas_protection { UVAS_NONE = 0, UVAS_READ = 1, UVAS_WRITE = 2, UVAS_EXECUTE = 4 };
+
+struct uvas_backing_info { /* what is behind a committed range */
+    uint32_t kind;      /* enum uvas_backing */
+    uint32_t shared;    /* 1: mapped shared, 0: private */
+    int32_t descriptor; /* MEMFD, DESCRIPTOR: valid during the call; duplicate it to keep it. Otherwise -1 */
+    int64_t offset;     /* of the range's first byte in it */
+};
+
+struct uvas_obstacle { /* filled by a claim that answers -EEXIST, as far as it knows: the next candidate starts after it */
+    uintptr_t base;
+    size_t size;
+    char owner[192];
+};
+
+/* Contract of every callback: ranges are not empty, aligned to the granularity and inside one live reservation; on an answer other than 0
+ * nothing has changed; calls on disjoint ranges may come from several threads at once; no callback calls back into uvas; no lock of uvas is
+ * held. claim: 0, -EEXIST for "taken here", anything else for "broken". unclaim gives back the range with whatever is still committed in it. */
+struct uvas_device {
+    const char *name;
+    uint32_t placement;    /* enum uvas_placement */
+    uint32_t backings;     /* set of enum uvas_backing that it can live with */
+    size_t granularity;    /* bytes, a power of two; 0: the host's page */
+    uintptr_t window_base; /* addresses that it can reach; size 0: all */
+    size_t window_size;
+    void *context; /* first argument of each callback */
+    int (*claim)(void *context, uintptr_t base, size_t size, struct uvas_obstacle *obstacle);
+    int (*unclaim)(void *context, uintptr_t base, size_t size);
+    int (*commit)(void *context, uintptr_t base, size_t size, const struct uvas_backing_info *backing, uint32_t protection);
+    int (*decommit)(void *context, uintptr_t base, size_t size);
+    int (*protect)(void *context, uintptr_t base, size_t size, uint32_t protection);
+    /* Optional (NULL: none). Called on every claiming device before the first claim is, with what claim will be asked:
+     * a device that can work meanwhile starts here and answers in claim. A start is always followed by its claim. */
+    void (*start_claim)(void *context, uintptr_t base, size_t size);
+};
+
+/* Brings a device to a space: claims every live reservation on it and commits what is committed, all or nothing. *device is copied.
+ * Waits until no other call works in the space. -ENOTSUP if its backings do not allow what is there. */
+UVAS_API int uvas_attach(uvas_id space, const struct uvas_device *device, uvas_id *out);
+/* Takes it away: unclaims every live reservation on it. */
+UVAS_API int uvas_detach(uvas_id space, uvas_id device);
+
+/* ---- reservations ---------------------------------------------------------------------------------------------------------- */
+
+struct uvas_where { /* demands; a zeroed one demands nothing */
+    uintptr_t at;          /* exactly here; 0: no such demand */
+    uintptr_t window_base; /* inside [window_base, window_base + window_size); size 0: the space's window */
+    size_t window_size;
+    size_t align;     /* a power of two; 0: what the parties need */
+    const char *name; /* at most 63 bytes are kept; NULL: none */
+};
+
+struct uvas_reservation {
+    uvas_id id;
+    uintptr_t base;
+    size_t size; /* as rounded up to pages and granularities */
+};
+
+/* One range on the host and on every device of the space, or nothing anywhere. `where` may be NULL. O(log n) and 2 to 4 system calls
+ * without conflict. */
+UVAS_API int uvas_reserve(uvas_id space, size_t size, const struct uvas_where *where, struct uvas_reservation *out);
+/* Gives memory and addresses back. -EBUSY while a lease lives in it; waits for operations in it. */
+UVAS_API int uvas_release(uvas_id reservation);
+/* Releases now if no lease lives in it (returns 0), else refuses new leases (returns -EBUSY): the caller releases when the last is gone. */
+UVAS_API int uvas_retire(uvas_id reservation);
+
+enum uvas_commit_flags { UVAS_POPULATE = 1 };
+
+/* Memory behind [offset, offset + size) of the reservation, page-aligned, on every party. What is committed already keeps its contents and
+ * gets the protection. */
+UVAS_API int uvas_commit(uvas_id reservation, size_t offset, size_t size, uint32_t protection, uint32_t flags);
+/* Gives the memory back and keeps the addresses. What is not committed is passed over. */
+UVAS_API int uvas_decommit(uvas_id reservation, size_t offset, size_t size);
+/* All of the range is committed, else -EINVAL. */
+UVAS_API int uvas_protect(uvas_id reservation, size_t offset, size_t size, uint32_t protection);
+
+enum uvas_sharing { UVAS_PRIVATE = 0, UVAS_SHARED = 1 };
+
+struct uvas_mapping {
+    int32_t descriptor; /* any file or device that mmap takes; uvas keeps a duplicate */
+    uint32_t sharing;   /* enum uvas_sharing */
+    size_t offset;      /* in the reservation, bytes, page-aligned */
+    size_t size;        /* bytes; rounded up as the kernel will round it (huge pages) */
+    int64_t descriptor_offset;
+    uint32_t protection;
+};
+
+/* Maps a descriptor inside a reservation, in place of what was committed there, on every party. */
+UVAS_API int uvas_map_fd(uvas_id reservation, const struct uvas_mapping *mapping);
+
+/* Tells uvas of a range that is somebody else's: it is neither mapped nor unmapped, only known. Released by uvas_release. */
+UVAS_API int uvas_adopt(uvas_id space, uintptr_t base, size_t size, const char *owner, struct uvas_reservation *out);
+
+struct uvas_piece { /* a part of a reservation, all of one nature */
+    size_t offset;
+    size_t size;
+    uint32_t kind;       /* enum uvas_backing; 0: lost to somebody else */
+    uint32_t protection; /* enum uvas_protection */
+    uint32_t shared;
+    uint32_t guarded;    /* 1: decommitted without a mapping to spare; pages are gone, guards are up */
+    int64_t descriptor_offset;
+};
+
+/* Pieces that end after `offset`, in order, at most `capacity`; what lies between them is reserved only. */
+UVAS_API int uvas_pieces(uvas_id reservation, size_t offset, struct uvas_piece *out, size_t capacity, size_t *count);
+
+/* ---- leases: who uses the memory ------------------------------------------------------------------------------------------- */
+
+/* Marks committed memory as used: release, decommit and map_fd there answer -EBUSY until it ends. -EINVAL where not all is committed. */
+UVAS_API int uvas_lease(uvas_id reservation, size_t offset, size_t size, uvas_id *out);
+/* Ends it. Takes no lock and makes no system call: for finalizers and signal handlers. -ESTALE if it has ended. */
+UVAS_API int uvas_unlease(uvas_id lease);
+
+/* ---- whose address is this? ------------------------------------------------------------------------------------------------ */
+
+enum uvas_kind { UVAS_RESERVATION = 1, UVAS_ADOPTION = 2 };
+
+struct uvas_found {
+    uvas_id id;
+    uintptr_t base;
+    size_t size;
+    uint32_t kind; /* enum uvas_kind */
+};
+
+/* Any address inside. No lock; async-signal-safe; O(log n). 0 or -ENOENT (which is no failure: uvas_last_failure does not change). */
+UVAS_API int uvas_find(uintptr_t address, struct uvas_found *out);
+/* The lowest reservation or adoption that ends above `address`, of any space. Likewise. */
+UVAS_API int uvas_next(uintptr_t address, struct uvas_found *out);
+/* Copies of names, cut to fit. */
+UVAS_API int uvas_name(uvas_id id, char *out, size_t capacity);
+UVAS_API int uvas_space_of(uvas_id id, uvas_id *out);
+
+/* ---- truth ------------------------------------------------------------------------------------------------------------------ */
+
+/* Every invariant of registry and records. 0, or -EINVAL with the sentence in the failure. */
+UVAS_API int uvas_check(void);
+
+enum uvas_finding_kind {
+    UVAS_HOLE = 1,    /* nobody is there: heal takes it back */
+    UVAS_FOREIGN = 2, /* somebody else is there: heal marks it lost */
+    UVAS_CHANGED = 3, /* ours by its looks, with another protection than uvas gave it */
+    UVAS_LOST = 4,    /* marked lost earlier */
+};
+
+struct uvas_finding {
+    uvas_id reservation;
+    uintptr_t base;
+    size_t size;
+    uint32_t kind;      /* enum uvas_finding_kind */
+    uint32_t committed; /* 1: memory was committed there; a hole's bytes are gone unless a descriptor holds them */
+    uint32_t healed;    /* by heal: 1 taken back, 0 not */
+    char owner[192];
+};
+
+/* What the kernel says against what the registry says, for every live reservation of the space. *count: findings in all, which may be
+ * more than capacity. Exact where nothing is committed; in committed anonymous memory holes and visible differences. */
+UVAS_API int uvas_audit(uvas_id space, struct uvas_finding *out, size_t capacity, size_t *count);
+/* audit, and takes holes back with a non-destructive mapping, as reserved addresses (or over their descriptor again); marks the rest lost. */
+UVAS_API int uvas_heal(uvas_id space, struct uvas_finding *out, size_t capacity, size_t *count);
+
+/* ---- for processes that serve as devices ------------------------------------------------------------------------------------ */
+
+/* Ends this process when process `pid` (its parent) ends, however it ends, by a thread with all signals blocked. */
+UVAS_API int uvas_end_with(int32_t pid);
+/* Copies through the kernel: -EFAULT where an address is not accessible, instead of a crash. */
+UVAS_API int uvas_peek(uintptr_t address, void *out, size_t size);
+UVAS_API int uvas_poke(uintptr_t address, const void *data, size_t size);
+
+/* ---- for tests: other kernels, and failure on demand ------------------------------------------------------------------------ */
+
+enum uvas_test_kernel {
+    UVAS_KERNEL_NATIVE = 0,
+    UVAS_KERNEL_NOREPLACE = 1,
+    UVAS_KERNEL_ENOMEM = 2,
+    UVAS_KERNEL_HINT = 3,
+    UVAS_KERNEL_HINT_FUSSY = 4,
+    UVAS_KERNEL_PARTIAL = 5,
+    UVAS_KERNEL_REFUSED = 6,
+    UVAS_KERNEL_ALIGNS = 7,
+};
+
+enum uvas_test_lack { UVAS_LACK_QUERY = 1, UVAS_LACK_GUARD = 2, UVAS_LACK_TAG = 4 };
+
+/* The kernel behaves as another one does from here on, lacking some features; the platform is learnt again. Only while no reservation lives:
+ * -EBUSY otherwise. */
+UVAS_API int uvas_test_kernel(uint32_t kernel, uint32_t lacks);
+/* The k-th fallible system call from now on (k = 1: the next) answers -error; `lasting`: and every later one. k = 0: off. */
+UVAS_API void uvas_test_fail(uint64_t k, int32_t error, uint32_t lasting);
+/* Fallible system calls since the last uvas_test_fail. */
+UVAS_API uint64_t uvas_test_calls(void);
+
+/* cffi: end */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
