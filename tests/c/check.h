@@ -1,0 +1,35 @@
+/* check.h: what the C tests share: a check that tells where it failed, a seeded random source, threads and time. */
+#ifndef CHECK_H
+#define CHECK_H
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "uvas.h"
+
+#define CHECK(condition)                                                                                              \
+    do {                                                                                                              \
+        if (!(condition)) {                                                                                           \
+            fprintf(stderr, "%s:%d: not so: %s (last failure: %s)\n", __FILE__, __LINE__, #condition, uvas_last_failure()->text); \
+            abort();                                                                                                  \
+        }                                                                                                             \
+    } while (0)
+
+#define CHECK_OK(call) CHECK((call) == 0)
+
+static inline uint64_t next_random(uint64_t *state) { /* xorshift64*: Vigna 2016 */
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    return *state * UINT64_C(0x2545F4914F6CDD1D);
+}
+
+static inline double seconds_now(void) {
+    struct timespec now;
+    (void)clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+#endif

@@ -1,0 +1,9 @@
+from collections.abc import Mapping
+from typing import SupportsIndex, TypeVar
+from weakref import ref
+
+_T = TypeVar("_T")
+
+def find(address: SupportsIndex, /) -> int: ...
+def lookup(address: SupportsIndex, table: Mapping[int, ref[_T]], /) -> _T | None: ...
+def unlease(lease: int, /) -> int: ...

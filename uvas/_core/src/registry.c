@@ -1,0 +1,672 @@
+/* registry.c: see registry.h for what it promises.
+ *
+ * A B+tree keyed by end address. Inner node: child i holds the ranges whose ends lie in (key[i-1], key[i]]; the last key is the greatest number, and so
+ * are unused keys, so that a search needs no count and always takes the same steps. Keys of a published node never change. A change makes a new leaf
+ * and swings one pointer of its parent (or the root) to it; only a split or a merge makes a new parent. So a reader, wherever it stands, sees each
+ * node as it was when it was published, or with newer children.
+ *
+ * Why a reader may trust what it read. Node N is unlinked, then stamped with ++clock (release), and rewritten only when clock >= stamp + WINDOW:
+ * the writer has stored that clock, then a release fence, then N's words. A reader loads the clock s (acquire) and descends. If it got to N, N was
+ * linked after that load, so stamp > s. If it read a rewritten word of N, its acquire fence at the end pairs with the writer's release fence, and
+ * its second load of the clock gives at least stamp + WINDOW > s + WINDOW: it starts over. A doomed reader does no harm on the way: nodes are never
+ * unmapped, a leaf never becomes an inner node, every pointer in a node is or was one to a node, and a descent has at most DEPTH_MAX steps.
+ */
+#include "registry.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "vm.h"
+
+#define LEAF_ENTRIES 32u
+#define INNER_CHILDREN 64u
+#define DEPTH_MAX 12u /* 16 million ranges in leaves and inner nodes a quarter full need 6 */
+#define LAST UINTPTR_MAX
+/* Put by before an insert: what it and a following remove can take, and a window's worth, so that nodes rest before they are reused. */
+#define NODES_PUT_BY (UVAS_REGISTRY_WINDOW + 4 * DEPTH_MAX)
+#define CHUNK_NODES 128u
+
+enum kind { LEAF = 1, INNER = 2 };
+
+/* Written once, plainly, when the node is carved from its chunk; readers read it plainly: if a pointer were published or followed without ordering,
+ * ThreadSanitizer would see it here. `next` and `stamp` are the writer's, under the lock. */
+struct node {
+    uint32_t kind;
+    uint64_t stamp;    /* the clock when it was retired */
+    struct node *next; /* retired after this one */
+};
+
+/* All words below: written under the lock (relaxed), before the node is published or after its rest; read by anyone (relaxed). */
+struct leaf {
+    struct node node;
+    uintptr_t end[LEAF_ENTRIES]; /* ascending, then LAST */
+    uintptr_t base[LEAF_ENTRIES];
+    uint64_t value[LEAF_ENTRIES]; /* also replaced in place, under the lock (release) */
+};
+
+struct inner {
+    struct node node;
+    uintptr_t key[INNER_CHILDREN];       /* ascending; the last child's and the unused are LAST */
+    struct node *child[INNER_CHILDREN]; /* swung in place under the lock (release); read by anyone (acquire); unused: NULL */
+};
+
+struct pool { /* under the lock, all of it */
+    uint32_t kind;
+    size_t node_bytes;
+    char *fresh;              /* carved from here, `fresh_nodes` times */
+    size_t fresh_nodes;
+    struct chunk *chunks;     /* all, newest first */
+    struct chunk *spare;      /* not carved yet */
+    struct chunk *again;      /* in a forked child: this one and those behind it are carved again */
+    struct node *first, *last; /* retired, oldest first */
+    size_t retired, taken, bytes;
+};
+
+struct chunk {
+    struct chunk *next, *next_spare;
+    size_t nodes;
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
+static struct node *root;      /* as a child pointer */
+static uint64_t publications;  /* the clock: written under the lock (release), read by anyone */
+static size_t ranges;          /* under the lock */
+static struct pool leaves = {.kind = LEAF, .node_bytes = sizeof(struct leaf)};
+static struct pool inners = {.kind = INNER, .node_bytes = sizeof(struct inner)};
+
+void uvas_registry_lock(void) {
+    (void)pthread_mutex_lock(&lock);
+}
+
+void uvas_registry_unlock(void) {
+    (void)pthread_mutex_unlock(&lock);
+}
+
+void uvas_registry_wait(void) {
+    (void)pthread_cond_wait(&condition, &lock);
+}
+
+void uvas_registry_wake(void) {
+    (void)pthread_cond_broadcast(&condition);
+}
+
+/* ---- words ---------------------------------------------------------------------------------------------------------------------------------------- */
+
+static inline uint64_t get(const uint64_t *word) {
+    return __atomic_load_n(word, __ATOMIC_RELAXED);
+}
+
+static inline void put(uint64_t *word, uint64_t value) {
+    __atomic_store_n(word, value, __ATOMIC_RELAXED);
+}
+
+static inline struct node *follow(struct node *const *pointer) {
+    return __atomic_load_n(pointer, __ATOMIC_ACQUIRE);
+}
+
+static inline void publish(struct node **pointer, struct node *node) {
+    __atomic_store_n(pointer, node, __ATOMIC_RELEASE);
+}
+
+static inline struct leaf *as_leaf(struct node *node) {
+    return (struct leaf *)node;
+}
+
+static inline struct inner *as_inner(struct node *node) {
+    return (struct inner *)node;
+}
+
+/* How many of the `count` (a power of two) ascending keys are <= address. No branch depends on what is read. */
+static inline size_t rank(const uint64_t *keys, size_t count, uintptr_t address) {
+    const uint64_t *at = keys;
+    for (size_t half = count / 2; half > 0; half /= 2) {
+        at += get(&at[half - 1]) <= address ? half : 0;
+    }
+    return (size_t)(at - keys) + (get(at) <= address);
+}
+
+/* ---- nodes ---------------------------------------------------------------------------------------------------------------------------------------- */
+
+/* Enough for NODES_PUT_BY is all that anybody asks. */
+static bool has_put_by(const struct pool *pool) {
+    return pool->spare || pool->again || pool->fresh_nodes + pool->retired >= NODES_PUT_BY;
+}
+
+static void carve_next_chunk(struct pool *pool) {
+    struct chunk *chunk = pool->spare ? pool->spare : pool->again;
+    if (chunk == pool->spare) {
+        pool->spare = chunk->next_spare;
+    } else {
+        pool->again = chunk->next;
+    }
+    pool->fresh = (char *)(chunk + 1);
+    pool->fresh_nodes = chunk->nodes;
+}
+
+static struct node *take(struct pool *pool) {
+    bool rested = pool->first && publications - pool->first->stamp >= UVAS_REGISTRY_WINDOW;
+    if (!rested && pool->fresh_nodes == 0 && (pool->spare || pool->again)) {
+        carve_next_chunk(pool);
+    }
+    pool->taken++;
+    if (!rested && pool->fresh_nodes > 0) {
+        struct node *node = (struct node *)(void *)pool->fresh;
+        pool->fresh += pool->node_bytes;
+        pool->fresh_nodes--;
+        if (node->kind == 0) { /* never written again, not even when a forked child carves the chunk anew */
+            node->kind = pool->kind;
+        }
+        return node;
+    }
+    struct node *node = pool->first;
+    assert(node && "uvas_registry_lock_for_insert puts nodes by");
+    pool->first = node->next;
+    pool->last = node->next ? pool->last : NULL;
+    pool->retired--;
+    if (publications - node->stamp < UVAS_REGISTRY_WINDOW) { /* in need: readers at work start over */
+        __atomic_store_n(&publications, node->stamp + UVAS_REGISTRY_WINDOW, __ATOMIC_RELAXED);
+    }
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+    return node;
+}
+
+/* The node has just been unlinked. */
+static void retire(struct pool *pool, struct node *node) {
+    node->stamp = publications + 1;
+    node->next = NULL;
+    __atomic_store_n(&publications, node->stamp, __ATOMIC_RELEASE);
+    if (pool->last) {
+        pool->last->next = node;
+    } else {
+        pool->first = node;
+    }
+    pool->last = node;
+    pool->retired++;
+    pool->taken--;
+}
+
+static struct pool *pool_of(const struct node *node) {
+    return node->kind == LEAF ? &leaves : &inners;
+}
+
+static void add_chunk(struct pool *pool, char *memory, size_t bytes) {
+    struct chunk *chunk = (struct chunk *)(void *)memory;
+    *chunk = (struct chunk){.next = pool->chunks, .next_spare = pool->spare, .nodes = (bytes - sizeof *chunk) / pool->node_bytes};
+    pool->chunks = pool->spare = chunk;
+    pool->bytes += bytes;
+}
+
+/* Drops the lock to allocate; true: with the lock. */
+static bool put_by(struct pool *pool) {
+    size_t bytes = sizeof(struct chunk) + CHUNK_NODES * pool->node_bytes;
+    uvas_registry_unlock();
+    char *memory = uvas_vm_pages(bytes);
+    if (!memory) {
+        return false;
+    }
+    uvas_registry_lock();
+    add_chunk(pool, memory, bytes);
+    return true;
+}
+
+int uvas_registry_lock_for_insert(void) {
+    uvas_registry_lock();
+    for (;;) {
+        struct pool *lacking = !has_put_by(&leaves) ? &leaves : !has_put_by(&inners) ? &inners : NULL;
+        if (!lacking) {
+            return 0;
+        }
+        if (!put_by(lacking)) {
+            return -ENOMEM;
+        }
+    }
+}
+
+/* ---- lookups: no lock, no stores ------------------------------------------------------------------------------------------------------------------ */
+
+/* The first node of the lowest level under `node`: its leftmost or rightmost leaf; NULL for a doomed reader. */
+static struct leaf *edge_leaf(struct node *node, bool rightmost) {
+    for (uint32_t depth = 0; node && depth < DEPTH_MAX; depth++) {
+        if (node->kind == LEAF) {
+            return as_leaf(node);
+        }
+        size_t i = rightmost ? rank(as_inner(node)->key, INNER_CHILDREN, LAST - 1) : 0;
+        node = follow(&as_inner(node)->child[i % INNER_CHILDREN]);
+    }
+    return NULL;
+}
+
+struct path { /* where a descent went */
+    struct leaf *leaf;
+    struct node *left, *right; /* the subtrees next to it, or NULL */
+};
+
+static struct path descend(uintptr_t address) {
+    struct path path = {NULL, NULL, NULL};
+    struct node *node = follow(&root);
+    for (uint32_t depth = 0; node && depth < DEPTH_MAX; depth++) {
+        if (node->kind == LEAF) {
+            path.leaf = as_leaf(node);
+            break;
+        }
+        struct inner *inner = as_inner(node);
+        size_t i = rank(inner->key, INNER_CHILDREN, address);
+        if (i >= INNER_CHILDREN) { /* a node that is being rewritten */
+            break;
+        }
+        path.left = i > 0 ? follow(&inner->child[i - 1]) : path.left;
+        struct node *right = i + 1 < INNER_CHILDREN ? follow(&inner->child[i + 1]) : NULL;
+        path.right = right ? right : path.right;
+        node = follow(&inner->child[i]);
+    }
+    return path;
+}
+
+static inline void copy_out(const struct leaf *leaf, size_t i, struct uvas_entry *out) {
+    out->end = get(&leaf->end[i]);
+    out->base = get(&leaf->base[i]);
+    out->value = __atomic_load_n(&leaf->value[i], __ATOMIC_ACQUIRE);
+}
+
+/* The lowest entry that ends above the address. */
+static bool above(uintptr_t address, struct uvas_entry *out) {
+    struct path path = descend(address);
+    if (!path.leaf) {
+        return false;
+    }
+    size_t i = rank(path.leaf->end, LEAF_ENTRIES, address);
+    if (i < LEAF_ENTRIES && get(&path.leaf->end[i]) != LAST) {
+        copy_out(path.leaf, i, out);
+        return true;
+    }
+    struct leaf *next = path.right ? edge_leaf(path.right, false) : NULL; /* its fence lies above, its ranges do not */
+    if (next) {
+        copy_out(next, 0, out);
+    }
+    return next != NULL;
+}
+
+/* The highest entry that starts below the address. */
+static bool before(uintptr_t address, struct uvas_entry *out) {
+    struct path path = descend(address);
+    if (!path.leaf) {
+        return false;
+    }
+    size_t i = rank(path.leaf->end, LEAF_ENTRIES, address);
+    if (i < LEAF_ENTRIES && get(&path.leaf->end[i]) != LAST && get(&path.leaf->base[i]) < address) {
+        copy_out(path.leaf, i, out);
+        return true;
+    }
+    if (i == LEAF_ENTRIES || get(&path.leaf->end[i]) == LAST) { /* the one that covers it may be the next leaf's first */
+        struct leaf *next = path.right ? edge_leaf(path.right, false) : NULL;
+        if (next && get(&next->base[0]) < address) {
+            copy_out(next, 0, out);
+            return true;
+        }
+    }
+    struct leaf *leaf = i > 0 ? path.leaf : path.left ? edge_leaf(path.left, true) : NULL;
+    if (leaf) {
+        i = leaf == path.leaf ? i : rank(leaf->end, LEAF_ENTRIES, LAST - 1);
+        copy_out(leaf, i > 0 ? i - 1 : 0, out);
+    }
+    return leaf != NULL;
+}
+
+/* Looks until nothing that was read can have been rewritten meanwhile. */
+static int settled(bool (*look)(uintptr_t, struct uvas_entry *), uintptr_t address, struct uvas_entry *out) {
+    for (;;) {
+        uint64_t started = __atomic_load_n(&publications, __ATOMIC_ACQUIRE);
+        struct uvas_entry seen;
+        bool found = look(address, &seen);
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        if (__builtin_expect(get(&publications) - started < UVAS_REGISTRY_WINDOW, 1)) {
+            if (found) {
+                *out = seen;
+            }
+            return found;
+        }
+    }
+}
+
+int uvas_registry_next(uintptr_t address, struct uvas_entry *out) {
+    return settled(above, address, out);
+}
+
+int uvas_registry_previous(uintptr_t address, struct uvas_entry *out) {
+    return settled(before, address, out);
+}
+
+int uvas_registry_find(uintptr_t address, struct uvas_entry *out) {
+    struct uvas_entry seen;
+    if (!settled(above, address, &seen) || seen.base > address || (seen.value & UVAS_REGISTRY_HIDDEN)) {
+        return 0;
+    }
+    *out = seen;
+    return 1;
+}
+
+/* ---- changes: under the lock ------------------------------------------------------------------------------------------------------------------------ */
+
+struct step { /* one level of a writer's descent */
+    struct inner *inner;
+    size_t index;
+};
+
+struct trail {
+    struct step steps[DEPTH_MAX];
+    uint32_t depth; /* inner nodes passed */
+    struct leaf *leaf;
+};
+
+static struct trail trail_to(uintptr_t end) {
+    struct trail trail = {.depth = 0};
+    struct node *node = root;
+    while (node->kind == INNER) {
+        size_t i = rank(as_inner(node)->key, INNER_CHILDREN, end - 1);
+        trail.steps[trail.depth++] = (struct step){as_inner(node), i};
+        node = as_inner(node)->child[i];
+    }
+    trail.leaf = as_leaf(node);
+    return trail;
+}
+
+static size_t leaf_count(const struct leaf *leaf) {
+    return rank(leaf->end, LEAF_ENTRIES, LAST - 1);
+}
+
+static size_t inner_count(const struct inner *inner) {
+    return rank(inner->key, INNER_CHILDREN, LAST - 1) + 1; /* the last child's key is LAST too */
+}
+
+/* The pointer that leads to level `depth` of the trail: the root, or a child slot of the node above. */
+static struct node **slot_above(const struct trail *trail, uint32_t depth) {
+    return depth == 0 ? &root : &trail->steps[depth - 1].inner->child[trail->steps[depth - 1].index];
+}
+
+/* A leaf of entries[from, to). */
+static struct leaf *new_leaf(const struct uvas_entry *entries, size_t count) {
+    struct leaf *leaf = as_leaf(take(&leaves));
+    for (size_t i = 0; i < LEAF_ENTRIES; i++) {
+        put(&leaf->end[i], i < count ? entries[i].end : LAST);
+        put(&leaf->base[i], i < count ? entries[i].base : 0);
+        put(&leaf->value[i], i < count ? entries[i].value : 0);
+    }
+    return leaf;
+}
+
+static size_t read_leaf(const struct leaf *leaf, struct uvas_entry *entries) {
+    size_t count = leaf_count(leaf);
+    for (size_t i = 0; i < count; i++) {
+        entries[i] = (struct uvas_entry){.base = get(&leaf->base[i]), .end = get(&leaf->end[i]), .value = get(&leaf->value[i])};
+    }
+    return count;
+}
+
+struct branch { /* a child and the highest end that belongs under it */
+    uintptr_t key;
+    struct node *child;
+};
+
+static struct inner *new_inner(const struct branch *branches, size_t count) {
+    struct inner *inner = as_inner(take(&inners));
+    for (size_t i = 0; i < INNER_CHILDREN; i++) {
+        put(&inner->key[i], i + 1 < count ? branches[i].key : LAST);
+        publish(&inner->child[i], i < count ? branches[i].child : NULL); /* released one by one: a doomed reader may follow it at once */
+    }
+    return inner;
+}
+
+static size_t read_inner(const struct inner *inner, struct branch *branches) {
+    size_t count = inner_count(inner);
+    for (size_t i = 0; i < count; i++) {
+        branches[i] = (struct branch){.key = get(&inner->key[i]), .child = inner->child[i]};
+    }
+    return count;
+}
+
+/* Puts `one`, or `one` and `two` parted by `fence`, in the place of the node at that level of the trail, which is retired. */
+static void replace(const struct trail *trail, uint32_t depth, struct node *old, struct node *one, uintptr_t fence, struct node *two) {
+    struct branch branches[INNER_CHILDREN + 1];
+    if (!two) {
+        publish(slot_above(trail, depth), one);
+        retire(pool_of(old), old);
+        return;
+    }
+    if (depth == 0) {
+        branches[0] = (struct branch){fence, one};
+        branches[1] = (struct branch){LAST, two};
+        publish(&root, &new_inner(branches, 2)->node);
+        retire(pool_of(old), old);
+        return;
+    }
+    struct inner *parent = trail->steps[depth - 1].inner;
+    size_t at = trail->steps[depth - 1].index, count = read_inner(parent, branches);
+    memmove(&branches[at + 2], &branches[at + 1], (count - at - 1) * sizeof *branches);
+    branches[at + 1] = (struct branch){branches[at].key, two};
+    branches[at] = (struct branch){fence, one};
+    count++;
+    if (count <= INNER_CHILDREN) {
+        replace(trail, depth - 1, &parent->node, &new_inner(branches, count)->node, 0, NULL);
+    } else {
+        size_t half = count / 2;
+        struct inner *low = new_inner(branches, half), *high = new_inner(branches + half, count - half);
+        replace(trail, depth - 1, &parent->node, &low->node, branches[half - 1].key, &high->node);
+    }
+    retire(pool_of(old), old);
+}
+
+int uvas_registry_insert(uintptr_t base, uintptr_t end, uint64_t value, struct uvas_entry *taken) {
+    struct uvas_entry entries[LEAF_ENTRIES + 1], there;
+    assert(base < end && end < LAST);
+    if (uvas_registry_next(base, &there) && there.base < end) {
+        if (taken) {
+            *taken = there;
+        }
+        return -EEXIST;
+    }
+    struct uvas_entry fresh = {.base = base, .end = end, .value = value};
+    ranges++;
+    if (!root) {
+        publish(&root, &new_leaf(&fresh, 1)->node);
+        return 0;
+    }
+    struct trail trail = trail_to(end);
+    size_t count = read_leaf(trail.leaf, entries), at = rank(trail.leaf->end, LEAF_ENTRIES, end);
+    memmove(&entries[at + 1], &entries[at], (count - at) * sizeof *entries);
+    entries[at] = fresh;
+    count++;
+    if (count <= LEAF_ENTRIES) {
+        replace(&trail, trail.depth, &trail.leaf->node, &new_leaf(entries, count)->node, 0, NULL);
+    } else {
+        size_t half = at + 1 == count ? count - 1 : at == 0 ? 1 : count / 2; /* ranges that come in order leave full leaves behind */
+        struct leaf *low = new_leaf(entries, half), *high = new_leaf(entries + half, count - half);
+        replace(&trail, trail.depth, &trail.leaf->node, &low->node, entries[half - 1].end, &high->node);
+    }
+    return 0;
+}
+
+static size_t entries_in(struct node *node) {
+    return node->kind == LEAF ? leaf_count(as_leaf(node)) : inner_count(as_inner(node));
+}
+
+/* Two neighbours fit well into one: with room left, so that an insert soon after does not split it again. */
+static bool join(struct node *first, struct node *second) {
+    size_t most = first->kind == LEAF ? LEAF_ENTRIES : INNER_CHILDREN;
+    return entries_in(first) + entries_in(second) <= most * 3 / 4;
+}
+
+/* The entries of both; `fence` parts them. */
+static struct node *joined(struct node *first, uintptr_t fence, struct node *second) {
+    struct uvas_entry entries[LEAF_ENTRIES];
+    struct branch branches[INNER_CHILDREN];
+    if (first->kind == LEAF) {
+        size_t part = read_leaf(as_leaf(first), entries);
+        return &new_leaf(entries, part + read_leaf(as_leaf(second), entries + part))->node;
+    }
+    size_t part = read_inner(as_inner(first), branches);
+    branches[part - 1].key = fence; /* was the last: its fence stood in the parent */
+    return &new_inner(branches, part + read_inner(as_inner(second), branches + part))->node;
+}
+
+/* The root became `is`: a lone child takes its place; NULL is an empty tree. */
+static void shrink_root(struct node *old, struct node *is) {
+    struct node *only = is && is->kind == INNER && inner_count(as_inner(is)) == 1 ? as_inner(is)->child[0] : NULL;
+    publish(&root, only ? only : is);
+    if (only) {
+        retire(&inners, is);
+    }
+    retire(pool_of(old), old);
+}
+
+/* `is` (NULL: nothing is left) takes the place of `old`, joined with a neighbour if both are small; then the parent has become smaller, and so on. */
+static void shrink(const struct trail *trail, uint32_t depth, struct node *old, struct node *is) {
+    struct branch branches[INNER_CHILDREN];
+    if (depth == 0) {
+        shrink_root(old, is);
+        return;
+    }
+    struct inner *parent = trail->steps[depth - 1].inner;
+    size_t at = trail->steps[depth - 1].index, count = read_inner(parent, branches);
+    bool with_right = is && at + 1 < count && join(is, branches[at + 1].child);
+    bool with_left = is && !with_right && at > 0 && join(branches[at - 1].child, is);
+    if (is && !with_right && !with_left) { /* large enough as it is */
+        publish(slot_above(trail, depth), is);
+        retire(pool_of(old), old);
+        return;
+    }
+    struct node *neighbour = with_right ? branches[at + 1].child : with_left ? branches[at - 1].child : NULL;
+    branches[at].child = is;
+    if (neighbour) {
+        at -= with_left;
+        branches[at + 1].child = joined(branches[at].child, branches[at].key, branches[at + 1].child);
+    }
+    memmove(&branches[at], &branches[at + 1], (count - at - 1) * sizeof *branches); /* the lower of the two, or the empty one */
+    struct node *smaller = count > 1 ? &new_inner(branches, count - 1)->node : NULL;
+    shrink(trail, depth - 1, &parent->node, smaller);
+    retire(pool_of(old), old);
+    if (neighbour) {
+        retire(pool_of(neighbour), neighbour);
+        retire(pool_of(is), is); /* never published: it only held the entries */
+    }
+}
+
+void uvas_registry_remove(uintptr_t base) {
+    struct uvas_entry entries[LEAF_ENTRIES], there;
+    bool found = uvas_registry_next(base, &there);
+    assert(found && there.base == base);
+    (void)found;
+    struct trail trail = trail_to(there.end);
+    size_t count = read_leaf(trail.leaf, entries), at = rank(trail.leaf->end, LEAF_ENTRIES, there.end - 1);
+    assert(at < count && entries[at].base == base);
+    memmove(&entries[at], &entries[at + 1], (count - at - 1) * sizeof *entries);
+    count--;
+    ranges--;
+    shrink(&trail, trail.depth, &trail.leaf->node, count ? &new_leaf(entries, count)->node : NULL);
+}
+
+void uvas_registry_set(uintptr_t base, uint64_t value) {
+    struct uvas_entry there;
+    bool found = uvas_registry_next(base, &there);
+    assert(found && there.base == base);
+    (void)found;
+    struct trail trail = trail_to(there.end);
+    size_t at = rank(trail.leaf->end, LEAF_ENTRIES, there.end - 1);
+    __atomic_store_n(&trail.leaf->value[at], value, __ATOMIC_RELEASE);
+}
+
+/* ---- truth ---------------------------------------------------------------------------------------------------------------------------------------------- */
+
+struct survey {
+    size_t entries, leaf_nodes, inner_nodes, depth;
+    uintptr_t last_end; /* of the entry before */
+    const char *wrong;
+    uintptr_t where;
+};
+
+static void survey_leaf(const struct leaf *leaf, uintptr_t above_fence, uintptr_t fence, struct survey *survey) {
+    size_t count = leaf_count(leaf);
+    survey->leaf_nodes++;
+    survey->wrong = count == 0 ? "is an empty leaf" : survey->wrong;
+    for (size_t i = 0; i < count && !survey->wrong; i++) {
+        uintptr_t base = leaf->base[i], end = leaf->end[i];
+        survey->where = base;
+        survey->wrong = base >= end ? "ends before it starts" : base < survey->last_end ? "overlaps the one before it" : survey->wrong;
+        survey->wrong = end > fence || end <= above_fence ? "is under the wrong fence" : survey->wrong;
+        survey->last_end = end;
+        survey->entries++;
+    }
+    for (size_t i = count; i < LEAF_ENTRIES && !survey->wrong; i++) {
+        survey->wrong = leaf->end[i] != LAST ? "is followed by a key out of order" : NULL;
+    }
+}
+
+static void survey_node(const struct node *node, size_t depth, uintptr_t above_fence, uintptr_t fence, struct survey *survey) {
+    if (survey->wrong || !node) {
+        survey->wrong = survey->wrong ? survey->wrong : "a child is missing";
+    } else if (node->kind == LEAF) {
+        survey->wrong = survey->depth && survey->depth != depth + 1 ? "leaves lie at different depths" : survey->wrong;
+        survey->depth = depth + 1;
+        survey_leaf((const struct leaf *)node, above_fence, fence, survey);
+    } else {
+        const struct inner *inner = (const struct inner *)node;
+        size_t count = inner_count(inner);
+        survey->inner_nodes++;
+        survey->wrong = depth == 0 && count < 2 ? "the root has one child" : depth + 1 >= DEPTH_MAX ? "the tree is too deep" : survey->wrong;
+        for (size_t i = 0; i < count; i++) {
+            uintptr_t key = i + 1 < count ? inner->key[i] : fence;
+            survey->wrong = i + 1 < count && (key <= above_fence || key > fence) ? "a fence is out of order" : survey->wrong;
+            survey_node(inner->child[i], depth + 1, above_fence, key, survey);
+            above_fence = key;
+        }
+    }
+}
+
+static struct survey survey_tree(void) {
+    struct survey survey = {0};
+    if (root) {
+        survey_node(root, 0, 0, LAST, &survey);
+    }
+    return survey;
+}
+
+int uvas_registry_check(char *why, size_t why_size) {
+    struct survey survey = survey_tree();
+    if (!survey.wrong && survey.entries != ranges) {
+        survey.wrong = "the count of ranges is wrong";
+    }
+    if (!survey.wrong && (survey.leaf_nodes != leaves.taken || survey.inner_nodes != inners.taken)) {
+        survey.wrong = "a node is neither in the tree nor retired";
+    }
+    if (survey.wrong) {
+        (void)snprintf(why, why_size, "registry, near 0x%lx: %s", survey.where, survey.wrong);
+        return -EINVAL;
+    }
+    return 0;
+}
+
+void uvas_registry_stats(struct uvas_registry_stats *out) {
+    struct survey survey = survey_tree();
+    *out = (struct uvas_registry_stats){.ranges = ranges, .depth = survey.depth, .leaf_nodes = survey.leaf_nodes, .inner_nodes = survey.inner_nodes,
+                                        .node_bytes = leaves.bytes + inners.bytes};
+}
+
+static void forget_pool(struct pool *pool) {
+    pool->again = pool->chunks;
+    pool->spare = NULL;
+    pool->first = pool->last = NULL;
+    pool->fresh_nodes = pool->retired = pool->taken = 0;
+}
+
+void uvas_registry_forget(void) {
+    root = NULL;
+    ranges = 0;
+    __atomic_store_n(&publications, publications + UVAS_REGISTRY_WINDOW, __ATOMIC_RELEASE);
+    forget_pool(&leaves);
+    forget_pool(&inners);
+    condition = (pthread_cond_t)PTHREAD_COND_INITIALIZER; /* the parent's waiters are not here */
+}
