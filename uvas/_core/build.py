@@ -103,22 +103,19 @@ class BuildExt(build_ext):
                 self.complete_module(extension)
 
     def complete_module(self, module: Extension) -> None:
-        """Link a module to the library beside it."""
-        module.include_dirs.append(str(INCLUDE))
-        module.libraries.append("uvas")
-        module.library_dirs.append(str(Path(self.build_lib, HERE)))
-        module.extra_link_args.append("-Wl,-rpath,$ORIGIN")
-        module.depends.append(str(HERE / "build.py"))
-        if FREE_THREADED:
-            module.py_limited_api = False
-        else:
-            module.define_macros.append(("Py_LIMITED_API", LIMITED_API))
-        module._file_name = self.get_ext_filename(module._full_name)
+        """Link a module to the library beside it. By assignment: setuptools may finalize more than once."""
+        module.include_dirs = [str(INCLUDE)]
+        module.libraries = ["uvas"]
+        module.library_dirs = [str(Path(self.build_lib, HERE))]
+        module.extra_link_args = ["-Wl,-rpath,$ORIGIN"]
+        module.depends = [str(HEADER), str(HERE / "build.py")]
+        module.py_limited_api = not FREE_THREADED
+        module.define_macros = [] if FREE_THREADED else [("Py_LIMITED_API", LIMITED_API)]
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Return the path, below the build directory, of what is built under a name."""
-        if fullname == LIBRARY:
-            return str(HERE / LIBRARY_FILE)
+        """Return the file's name, in the directories of the package as far as they are given."""
+        if fullname.rpartition(".")[2] == LIBRARY.rpartition(".")[2]:
+            return str(Path(*fullname.split(".")).with_suffix(".so"))
         return super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:

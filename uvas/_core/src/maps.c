@@ -4,6 +4,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define BLOCK_BYTES ((size_t)64 << 10)
@@ -92,11 +93,9 @@ static int scan(visit_line *visit, void *context) {
     if (fd < 0) {
         return fd;
     }
-    char *block = uvas_vm_pages(BLOCK_BYTES);
+    char *block = malloc(BLOCK_BYTES);
     int rc = block ? scan_block(fd, block, visit, context) : -ENOMEM;
-    if (block) {
-        uvas_vm_free_pages(block, BLOCK_BYTES);
-    }
+    free(block);
     uvas_vm_close(fd);
     return rc;
 }
@@ -105,17 +104,12 @@ static int scan(visit_line *visit, void *context) {
 
 static bool grow(struct uvas_maps *maps) {
     size_t capacity = maps->capacity ? 2 * maps->capacity : FIRST_SNAPSHOT;
-    struct uvas_vma *list = uvas_vm_pages(capacity * sizeof *list);
-    if (!list) {
-        return false;
+    struct uvas_vma *list = realloc(maps->list, capacity * sizeof *list);
+    if (list) {
+        maps->list = list;
+        maps->capacity = capacity;
     }
-    if (maps->list) {
-        memcpy(list, maps->list, maps->count * sizeof *list);
-        uvas_vm_free_pages(maps->list, maps->capacity * sizeof *list);
-    }
-    maps->list = list;
-    maps->capacity = capacity;
-    return true;
+    return list != NULL;
 }
 
 static bool keep(void *context, const struct line *line) {
@@ -141,9 +135,7 @@ int uvas_maps_open(struct uvas_maps *maps) {
 }
 
 void uvas_maps_close(struct uvas_maps *maps) {
-    if (maps->list) {
-        uvas_vm_free_pages(maps->list, maps->capacity * sizeof *maps->list);
-    }
+    free(maps->list);
     *maps = (struct uvas_maps){0};
 }
 

@@ -29,6 +29,8 @@
 /* Put by before an insert: what it and a following remove can take, and a window's worth, so that nodes rest before they are reused. */
 #define NODES_PUT_BY (UVAS_REGISTRY_WINDOW + 4 * DEPTH_MAX)
 #define CHUNK_NODES 128u
+/* A lookup is short, and its callers pass constants: the compiler is to see through it. */
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 enum kind { LEAF = 1, INNER = 2 };
 
@@ -122,12 +124,13 @@ static inline struct inner *as_inner(struct node *node) {
 }
 
 /* How many of the `count` (a power of two) ascending keys are <= address. No branch depends on what is read. */
-static inline size_t rank(const uint64_t *keys, size_t count, uintptr_t address) {
-    const uint64_t *at = keys;
+ALWAYS_INLINE size_t rank(const uint64_t *keys, size_t count, uintptr_t address) {
+    size_t at = 0;
+#pragma GCC unroll 8
     for (size_t half = count / 2; half > 0; half /= 2) {
-        at += get(&at[half - 1]) <= address ? half : 0;
+        at += (size_t)(get(&keys[at + half - 1]) <= address) * half;
     }
-    return (size_t)(at - keys) + (get(at) <= address);
+    return at + (get(&keys[at]) <= address);
 }
 
 /* ---- nodes ---------------------------------------------------------------------------------------------------------------------------------------- */
@@ -246,7 +249,7 @@ struct path { /* where a descent went */
     struct node *left, *right; /* the subtrees next to it, or NULL */
 };
 
-static struct path descend(uintptr_t address) {
+ALWAYS_INLINE struct path descend(uintptr_t address) {
     struct path path = {NULL, NULL, NULL};
     struct node *node = follow(&root);
     for (uint32_t depth = 0; node && depth < DEPTH_MAX; depth++) {
@@ -274,7 +277,7 @@ static inline void copy_out(const struct leaf *leaf, size_t i, struct uvas_entry
 }
 
 /* The lowest entry that ends above the address. */
-static bool above(uintptr_t address, struct uvas_entry *out) {
+ALWAYS_INLINE bool above(uintptr_t address, struct uvas_entry *out) {
     struct path path = descend(address);
     if (!path.leaf) {
         return false;
@@ -318,7 +321,7 @@ static bool before(uintptr_t address, struct uvas_entry *out) {
 }
 
 /* Looks until nothing that was read can have been rewritten meanwhile. */
-static int settled(bool (*look)(uintptr_t, struct uvas_entry *), uintptr_t address, struct uvas_entry *out) {
+ALWAYS_INLINE int settled(bool (*look)(uintptr_t, struct uvas_entry *), uintptr_t address, struct uvas_entry *out) {
     for (;;) {
         uint64_t started = __atomic_load_n(&publications, __ATOMIC_ACQUIRE);
         struct uvas_entry seen;

@@ -467,6 +467,8 @@ static void publish(struct uvas_record *record, const struct demand *demand) {
 /* Nothing was reserved; what could not be undone stays in the registry, hidden. */
 static int give_up(struct uvas_record *record, const struct attempt *attempt, int rc) {
     struct uvas_space *space = record->space;
+    bool gone = !attempt->poisoned && !attempt->kept;
+    void *fills = gone ? record->fills.list : NULL; /* once its slot is given, the record is somebody else's */
     uvas_registry_lock();
     unlink_record(record);
     if (attempt->poisoned) {
@@ -478,9 +480,7 @@ static int give_up(struct uvas_record *record, const struct attempt *attempt, in
     }
     uvas_space_leave_locked(space);
     uvas_registry_unlock();
-    if (!attempt->poisoned && !attempt->kept) {
-        free(record->fills.list);
-    }
+    free(fills);
     return rc;
 }
 

@@ -498,10 +498,6 @@ void *uvas_vm_pages(size_t size_bytes) {
     return at < 0 ? NULL : (void *)at;
 }
 
-void uvas_vm_free_pages(void *pages, size_t size_bytes) {
-    (void)syscall(SYS_munmap, pages, size_bytes);
-}
-
 /* ---- processes, and copies through the kernel --------------------------------------------------------------------------------------- */
 
 int uvas_vm_wait_for_end(int32_t parent) {

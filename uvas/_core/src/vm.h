@@ -81,8 +81,7 @@ uint64_t uvas_vm_limit(int resource); /* the soft limit; UINT64_MAX: none */
 
 /* -- our own bookkeeping -- */
 
-void *uvas_vm_pages(size_t size_bytes); /* zeroed private memory for our own bookkeeping, or NULL */
-void uvas_vm_free_pages(void *pages, size_t size_bytes);
+void *uvas_vm_pages(size_t size_bytes); /* zeroed private memory for our own bookkeeping, never given back; or NULL */
 
 /* -- processes -- */
 
