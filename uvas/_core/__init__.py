@@ -1,4 +1,4 @@
-"""The C core: ``libuvas.so`` by way of cffi (`ffi`, `lib`), the calls that keep the GIL (`fast`), and where C finds it."""
+"""The C core: ``libuvas.so`` through cffi (`ffi`, `lib`), the calls that keep the GIL (`fast`), and where it lies."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
 Three things come out, beside each other in ``uvas/_core``:
 
 ``libuvas.so``
-    All of ``src/*.c``, linked to libc only: no Python in it. Its SONAME is its file name. A wheel cannot hold symbolic links,
-    and a second file under another name would be a second copy of the registry; so there is one file, one name, and
-    the version is asked of ``uvas_abi_version()``.
+    All of ``src/*.c``, linked to libc only: no Python in it. Its SONAME is its file name. A wheel cannot hold symbolic
+    links, and a second file under another name would be a second copy of the registry; so there is one file, one name,
+    and the version is asked of ``uvas_abi_version()``.
 ``_cffi``
     The cffi module. Its declarations are the part of ``include/uvas.h`` between the cffi marks.
 ``_fast``
@@ -26,6 +26,7 @@ import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cffi
 from setuptools import Extension
@@ -161,7 +162,7 @@ class BuildExt(build_ext):
         write_module(HEADER, generated)
         return [str(generated)]
 
-    def copy_file(self, infile: str, outfile: str, *arguments: object, **options: object) -> tuple[str, bool]:
+    def copy_file(self, infile: Any, outfile: Any, *arguments: Any, **options: Any) -> Any:
         """Copy by renaming: a process that runs from this tree keeps the file that it has mapped."""
         fresh = f"{outfile}.{os.getpid()}"
         super().copy_file(infile, fresh, *arguments, **options)

@@ -97,8 +97,8 @@ struct uvas_failure {
     uint32_t tried_count; /* candidates tried in all; the last UVAS_TRIED_MAX of them are in `tried`, oldest first */
     uint32_t tried_kept;
     uint64_t poisoned; /* id of a reservation whose undo failed, or 0 */
-    char owner[192];   /* who is in the way: a reservation's name, a device, a line of /proc/self/maps */
-    char what[64];     /* the limit, the feature, the device, the system call */
+    char owner[192];   /* who is in the way (a reservation's name, a device, a line of /proc/self/maps); kind DEVICE: the device */
+    char what[64];     /* the limit, the feature, the system call; kind DEVICE: what it was asked; kind MEMORY: who has none */
     char remedy[192];
     char text[640]; /* a sentence for a person */
     struct uvas_tried tried[UVAS_TRIED_MAX];
@@ -341,7 +341,7 @@ enum uvas_test_kernel {
 
 enum uvas_test_lack { UVAS_LACK_QUERY = 1, UVAS_LACK_GUARD = 2, UVAS_LACK_TAG = 4 };
 
-/* The kernel behaves as another one does from here on, lacking some features; the platform is learnt again. Only while no reservation lives:
+/* The kernel behaves as another one does from here on, lacking some features; the platform is learnt again. Only while no space is open:
  * -EBUSY otherwise. */
 UVAS_API int uvas_test_kernel(uint32_t kernel, uint32_t lacks);
 /* The k-th fallible system call from now on (k = 1: the next) answers -error; `lasting`: and every later one. k = 0: off. */

@@ -83,7 +83,8 @@ int uvas_fail_memory(uintptr_t base, size_t size, const char *device) {
 
 int uvas_fail_device(uintptr_t base, size_t size, const char *device, const char *call, int code) {
     struct uvas_failure *failure = fail_at(UVAS_FAILURE_DEVICE, code, base, size);
-    (void)snprintf(failure->what, sizeof failure->what, "%s", device);
+    (void)snprintf(failure->what, sizeof failure->what, "%s", call);
+    (void)snprintf(failure->owner, sizeof failure->owner, "%s", device);
     return uvas_fail_say(failure, "device %s answered %d (%s) to %s of [0x%lx, 0x%lx)", device, code, strerror(-code), call, base, base + size);
 }
 

@@ -1,0 +1,113 @@
+"""Build and run the C tests: every ``test_*.c`` and ``stress_*.c`` here, linked with all sources of the core.
+
+    python tests/c/run.py                                plain, warnings are errors
+    python tests/c/run.py --sanitizer thread             under ThreadSanitizer
+    python tests/c/run.py --sanitizer address,undefined  under AddressSanitizer and UBSan
+    python tests/c/run.py --seconds 60 stress_space      one test, longer
+
+A test's exit code is 0 or it failed. The first argument of a stress test is how many seconds it shall take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CORE = HERE.parents[1] / "uvas" / "_core"
+
+WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
+COMPILE = ["-std=c11", "-O2", "-g", "-pthread", f"-I{CORE / 'include'}", f"-I{CORE / 'src'}"]
+SANITIZER_OPTIONS = {
+    "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
+    "ASAN_OPTIONS": "detect_stack_use_after_return=1:strict_string_checks=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
+TIMEOUT_S = 600
+
+
+def tests() -> list[str]:
+    """Return the names of all tests."""
+    return sorted(path.stem for pattern in ("test_*.c", "stress_*.c") for path in HERE.glob(pattern))
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Compiles the core once, and each test against it, into one directory."""
+
+    directory: Path
+    sanitizer: str = ""
+
+    @property
+    def compiler(self) -> list[str]:
+        """The compiler with all its flags."""
+        # No warnings under a sanitizer: the code that it adds makes GCC see things.
+        sanitize = ["-w", f"-fsanitize={self.sanitizer}", "-fno-sanitize-recover=all"]
+        return [*shlex.split(os.environ.get("CC", "gcc")), *COMPILE, *(sanitize if self.sanitizer else WARNINGS)]
+
+    def compile(self, source: Path) -> Path:
+        """Compile one file."""
+        result = self.directory / f"{source.stem}.o"
+        subprocess.run([*self.compiler, "-c", source, "-o", result], check=True)
+        return result
+
+    def build(self, names: list[str]) -> dict[str, Path]:
+        """Return the program of each test."""
+        core = sorted(CORE.glob("src/*.c"))
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            objects = list(threads.map(self.compile, [*core, *(HERE / f"{name}.c" for name in names)]))
+        shared, own = objects[: len(core)], objects[len(core) :]
+        return {name: self.link(name, [test, *shared]) for name, test in zip(names, own, strict=True)}
+
+    def link(self, name: str, objects: list[Path]) -> Path:
+        """Link one test."""
+        program = self.directory / name
+        subprocess.run([*self.compiler, *objects, "-ldl", "-o", program], check=True)
+        return program
+
+    def command(self, program: Path, seconds: int | None = None) -> list[str]:
+        """Return how to run a test."""
+        # GCC 12's ThreadSanitizer cannot start where the kernel randomises more address bits than it expects.
+        steady = ["setarch", platform.machine(), "-R"] if self.sanitizer and shutil.which("setarch") else []
+        duration = [str(seconds)] if seconds is not None and program.name.startswith("stress_") else []
+        return [*steady, str(program), *duration]
+
+
+def run(command: list[str]) -> str | None:
+    """Run a test and return what is wrong, None if nothing is."""
+    try:
+        code = subprocess.run(command, env=SANITIZER_OPTIONS | os.environ, timeout=TIMEOUT_S, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return f"not done after {TIMEOUT_S} s"
+    return f"exit code {code}" if code else None
+
+
+def main() -> int:
+    """Build and run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="TEST", help="names without .c (default: all)")
+    parser.add_argument("--sanitizer", default="", help="what to give to -fsanitize")
+    parser.add_argument("--seconds", type=int, help="how long each stress test shall take (default: as it likes)")
+    arguments = parser.parse_args()
+    names = arguments.names or tests()
+    failed = 0
+    with tempfile.TemporaryDirectory() as directory:
+        builder = Builder(Path(directory), arguments.sanitizer)
+        for name, program in builder.build(names).items():
+            wrong = run(builder.command(program, arguments.seconds))
+            failed += wrong is not None
+            print(f"{name} [{arguments.sanitizer or 'plain'}]: {wrong or 'good'}", flush=True)
+    return 1 if failed or not names else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Every example in a docstring is right."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import uvas
+
+NOT_TO_IMPORT = {
+    "uvas._core.build",  # runs under setuptools
+    "uvas._core.libuvas",  # no module, though its name ends like one
+    "uvas.__main__",
+}
+MODULES = sorted({module.name for module in pkgutil.walk_packages(uvas.__path__, "uvas.")} - NOT_TO_IMPORT)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+def test_there_are_examples():
+    finder = doctest.DocTestFinder()
+    tests = [test for name in ("uvas.ranges", "uvas.errors") for test in finder.find(importlib.import_module(name))]
+    assert sum(len(test.examples) for test in tests) > 5

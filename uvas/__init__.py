@@ -1,0 +1,84 @@
+"""Ranges of addresses that mean the same on the host and on every device, taken without replacing anybody's memory.
+
+>>> import uvas
+>>> with uvas.AddressSpace() as space, space.reserve(1 << 20) as held:
+...     held.commit()
+...     array = held.numpy("f8")
+...     array[:] = 1
+...     uvas.find(array.ctypes.data) is held
+True
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from uvas._core import get_include, get_library
+from uvas.devices.base import Backing, Device, DeviceInfo
+from uvas.errors import (
+    AddressInUseError,
+    AddressSpaceExhaustedError,
+    DeviceError,
+    DeviceLostError,
+    LimitReachedError,
+    NotSupportedError,
+    OutOfMemoryError,
+    ReleasedError,
+    UvasError,
+)
+from uvas.ranges import Range
+from uvas.reports import Finding, Report, SpaceStats
+from uvas.reservation import Adoption, Reservation
+from uvas.space import AddressSpace, find
+
+if TYPE_CHECKING:
+    from uvas.devices.process import ProcessDevice
+    from uvas.devices.transport import CFunction, by_value
+
+__all__ = [
+    "AddressInUseError",
+    "AddressSpace",
+    "AddressSpaceExhaustedError",
+    "Adoption",
+    "Backing",
+    "CFunction",
+    "Device",
+    "DeviceError",
+    "DeviceInfo",
+    "DeviceLostError",
+    "Finding",
+    "LimitReachedError",
+    "NotSupportedError",
+    "OutOfMemoryError",
+    "ProcessDevice",
+    "Range",
+    "ReleasedError",
+    "Report",
+    "Reservation",
+    "SpaceStats",
+    "UvasError",
+    "by_value",
+    "find",
+    "get_include",
+    "get_library",
+]
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "CFunction": "uvas.devices.transport",
+    "ProcessDevice": "uvas.devices.process",
+    "by_value": "uvas.devices.transport",
+}  # what needs multiprocessing and concurrent.futures is imported when it is asked for
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'uvas' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,189 @@
+"""A device written in Python behind the C core's callbacks.
+
+The core calls with no lock held. What a device raises cannot travel through C: it is kept for the thread, C sees a number, and the verb that called into C
+raises the very exception again (`raise_answer`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from errno import ECANCELED, EEXIST
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from uvas._core import ffi, lib
+from uvas.devices.base import Backing, BackingKind, Device, DeviceInfo
+from uvas.errors import AddressInUseError, failure
+from uvas.protection import protection_name
+from uvas.ranges import Range
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+_PLACEMENTS = {
+    "follows": lib.UVAS_FOLLOWS,
+    "claims": lib.UVAS_CLAIMS,
+    "registers": lib.UVAS_REGISTERS,
+    "owns": lib.UVAS_OWNS,
+}
+_BACKINGS: dict[BackingKind, int] = {
+    "anonymous": lib.UVAS_BACKING_ANONYMOUS,
+    "memfd": lib.UVAS_BACKING_MEMFD,
+    "descriptor": lib.UVAS_BACKING_DESCRIPTOR,
+    "driver": lib.UVAS_BACKING_DRIVER,
+}
+_BACKING_NAMES = {bit: name for name, bit in _BACKINGS.items()}
+_MOST_AT_ONCE = 32  # devices of a space
+
+_raised = threading.local()  # .error: what a device's method raised in the call that this thread is making into C
+
+
+def raise_answer(code: int) -> Exception:
+    """Return what to raise for a core call that answered `code` < 0: the device's own exception where there is one."""
+    error = _raised.__dict__.pop("error", None)
+    if code == -ECANCELED and error is not None:
+        return error  # type: ignore[no-any-return]
+    return failure(code)
+
+
+class Party:
+    """One device as attached to one space: keeps alive what C points to.
+
+    Parameters
+    ----------
+    device
+        The device. Its `info` is read once.
+
+    Raises
+    ------
+    ValueError
+        The device declares a placement or a backing that there is not.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.info: DeviceInfo = device.info
+        self.id = 0
+        self.asked_beside_others = False
+        """Two or more devices claim: one that cannot be started is asked on a thread of its own. Written by the space when devices come and go."""
+        self._pending: dict[int, Future[None] | BaseException | None] = {}
+        self._handle = ffi.new_handle(self)
+        self._name = ffi.new("char[]", self.info.name.encode())
+        self._start: Callable[[Range], None] | None = getattr(device, "start_claim", None)
+
+    def description(self) -> Any:
+        """Return the ``struct uvas_device`` of it."""
+        info, window = self.info, self.info.window
+        if info.placement not in _PLACEMENTS or not set(info.backings) <= set(_BACKINGS):
+            raise ValueError(f"device {info.name} declares {info.placement!r} and {set(info.backings)}: uvas knows others")
+        return ffi.new(
+            "struct uvas_device *",
+            {
+                "name": self._name,
+                "placement": _PLACEMENTS[info.placement],
+                "backings": sum(_BACKINGS[kind] for kind in info.backings),
+                "granularity": info.granularity,
+                "window_base": window.base if window else 0,
+                "window_size": window.size if window else 0,
+                "context": self._handle,
+                "claim": lib.uvas_py_claim,
+                "unclaim": lib.uvas_py_unclaim,
+                "commit": lib.uvas_py_commit,
+                "decommit": lib.uvas_py_decommit,
+                "protect": lib.uvas_py_protect,
+                "start_claim": lib.uvas_py_start_claim,
+            },
+        )
+
+    def start_claim(self, wanted: Range) -> None:
+        """Let the device begin to claim, if it can or a thread can for it."""
+        try:
+            if self._start is not None:
+                self._start(wanted)
+            elif self.asked_beside_others:
+                self._pending[wanted.base] = _askers(os.getpid()).submit(self.device.claim, wanted)
+        except BaseException as error:  # noqa: BLE001 - raised by the claim that follows
+            self._pending[wanted.base] = error
+
+    def claim(self, wanted: Range) -> None:
+        """Claim, or learn how the claim that was started went."""
+        started = self._pending.pop(wanted.base, None)
+        if started is None:
+            self.device.claim(wanted)
+        elif isinstance(started, BaseException):
+            raise started
+        else:
+            started.result()
+
+
+@cache
+def _askers(process: int) -> ThreadPoolExecutor:
+    """Threads that ask devices; of this process: a forked child has none of its parent's threads."""
+    del process
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="uvas-ask")
+
+
+# ---- what C calls ----------------------------------------------------------------------------------------------------
+
+
+def _ask(call: Callable[[], None]) -> int:
+    try:
+        call()
+    except BaseException as error:  # noqa: BLE001 - nothing travels through C
+        _raised.error = error
+        return -ECANCELED
+    return 0
+
+
+def _party(context: Any) -> Party:
+    party: Party = ffi.from_handle(context)
+    return party
+
+
+@ffi.def_extern()
+def uvas_py_start_claim(context: Any, base: int, size: int) -> None:
+    _party(context).start_claim(Range(base, size))
+
+
+@ffi.def_extern(error=-ECANCELED)
+def uvas_py_claim(context: Any, base: int, size: int, obstacle: Any) -> int:
+    party = _party(context)
+    try:
+        party.claim(Range(base, size))
+    except AddressInUseError as error:
+        owner = error.owner if error.owner.startswith(party.info.name) else f"{party.info.name}: {error.owner}"
+        text = owner.encode(errors="backslashreplace")[: ffi.sizeof(obstacle.owner) - 1]
+        ffi.memmove(obstacle.owner, text + b"\0", len(text) + 1)
+        if error.obstacle is not None:
+            obstacle.base, obstacle.size = error.obstacle.base, error.obstacle.size
+        return -EEXIST
+    except BaseException as error:  # noqa: BLE001 - nothing travels through C
+        _raised.error = error
+        return -ECANCELED
+    return 0
+
+
+@ffi.def_extern(error=-ECANCELED)
+def uvas_py_unclaim(context: Any, base: int, size: int) -> int:
+    return _ask(lambda: _party(context).device.unclaim(Range(base, size)))
+
+
+@ffi.def_extern(error=-ECANCELED)
+def uvas_py_commit(context: Any, base: int, size: int, info: Any, protection: int) -> int:
+    descriptor = info.descriptor if info.descriptor >= 0 else None
+    backing = Backing(_BACKING_NAMES[info.kind], bool(info.shared), descriptor, info.offset)
+    return _ask(lambda: _party(context).device.commit(Range(base, size), backing, protection_name(protection)))
+
+
+@ffi.def_extern(error=-ECANCELED)
+def uvas_py_decommit(context: Any, base: int, size: int) -> int:
+    return _ask(lambda: _party(context).device.decommit(Range(base, size)))
+
+
+@ffi.def_extern(error=-ECANCELED)
+def uvas_py_protect(context: Any, base: int, size: int, protection: int) -> int:
+    return _ask(lambda: _party(context).device.protect(Range(base, size), protection_name(protection)))

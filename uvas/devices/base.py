@@ -1,0 +1,102 @@
+"""Parties that must agree on what an address means, and how they say how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from uvas.ranges import Range
+
+Placement = Literal["follows", "claims", "registers", "owns"]
+BackingKind = Literal["anonymous", "memfd", "descriptor", "driver"]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """How a device agrees to an address: data, which nobody asks for its class.
+
+    Parameters
+    ----------
+    name
+        For messages.
+    placement
+        ``follows``: a host address is enough. ``claims``: it has an address space of its own and can refuse. ``registers``: host memory is made known
+        to it at commit. ``owns``: its claim takes the address itself, on the host too.
+    backings
+        What it can live with behind committed addresses.
+    granularity
+        Bytes, a power of two, that bases and sizes of its ranges are multiples of; 0: the host's page.
+    window
+        The addresses that it can reach; None: all.
+    details
+        Whatever else the device has to say of itself.
+    """
+
+    name: str
+    placement: Placement
+    backings: frozenset[BackingKind]
+    granularity: int = 0
+    window: Range | None = None
+    details: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """What is behind a range that is being committed.
+
+    Parameters
+    ----------
+    kind
+        ``anonymous``: private memory of the host's. ``memfd``: the reservation's own. ``descriptor``: one of the caller's. ``driver``: what an owning
+        device maps.
+    shared
+        Whether it is mapped shared.
+    descriptor
+        Of `memfd` and `descriptor`; valid during the call, to be duplicated by who keeps it. Otherwise None.
+    offset
+        Of the range's first byte in it, in bytes.
+    """
+
+    kind: BackingKind
+    shared: bool
+    descriptor: int | None
+    offset: int
+
+
+class Device(Protocol):
+    """A party that must agree on what an address means.
+
+    The contract of every method: ranges are not empty, aligned to the granularity and inside one live reservation; a method that raises has changed
+    nothing; calls on disjoint ranges may come from several threads at once; a device never calls back into the space.
+
+    A device may also have a method ``start_claim(range)``. It is called on every claiming device before the first `claim` is, with what `claim` will be
+    asked, and is always followed by that `claim`: who can work meanwhile starts there. Devices without it are asked on threads, all at the same time.
+    """
+
+    @property
+    def info(self) -> DeviceInfo:
+        """What it declares."""
+
+    def claim(self, range: Range, /) -> None:
+        """Take the range in the device's address space.
+
+        Raises
+        ------
+        AddressInUseError
+            It is taken there: uvas tries another range. Anything else that is raised means that the device is broken and reaches the caller.
+        """
+
+    def unclaim(self, range: Range, /) -> None:
+        """Give the range back, with whatever is still committed in it."""
+
+    def commit(self, range: Range, backing: Backing, protection: str, /) -> None:
+        """Let the range mean what the host sees there; `protection` is "none", "r", "rw", ..."""
+
+    def decommit(self, range: Range, /) -> None:
+        """Forget what is behind the range; it stays claimed."""
+
+    def protect(self, range: Range, protection: str, /) -> None:
+        """Change what may be done with a committed range."""
+
+    def close(self) -> None:
+        """End; idempotent."""

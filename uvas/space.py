@@ -1,0 +1,478 @@
+"""The process's addresses as uvas sees them, with the devices that must agree."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from errno import EBUSY
+from types import TracebackType
+from typing import Any, Literal, NoReturn, Self, TypeVar
+
+from uvas._core import fast, ffi, lib
+from uvas.devices.adapter import Party, raise_answer
+from uvas.devices.base import Device
+from uvas.errors import ReleasedError
+from uvas.leases import Errand, enqueue, generation, start_reaper, work_off
+from uvas.ranges import Range
+from uvas.reports import Finding, FindingKind, Report, SpaceStats
+from uvas.reservation import Adoption, Reservation, as_size, live
+
+_BACKINGS = {"auto": 0, "anonymous": lib.UVAS_BACKING_ANONYMOUS, "memfd": lib.UVAS_BACKING_MEMFD}
+_FINDINGS: dict[int, FindingKind] = {
+    lib.UVAS_HOLE: "hole",
+    lib.UVAS_FOREIGN: "foreign",
+    lib.UVAS_CHANGED: "changed",
+    lib.UVAS_LOST: "lost",
+}
+_FIRST_FINDINGS = 64
+_Window = Range | tuple[int, int]
+_Held = TypeVar("_Held", Reservation, Adoption)
+
+os.register_at_fork(after_in_child=live.clear)
+
+
+def find(address: int) -> Reservation | Adoption | None:
+    """Return whose address this is: the very object that `reserve` or `adopt` gave, of any space; None if uvas does not hold it.
+
+    Any address inside will do. Takes no lock; O(log n) in the number of ranges.
+
+    Examples
+    --------
+    >>> with AddressSpace() as space, space.reserve(4096) as held:
+    ...     find(held.base + 7) is held
+    True
+    """
+    return fast.lookup(address, live)
+
+
+class AddressSpace:
+    """Hands out ranges of addresses that mean the same on the host and on every attached device.
+
+    Parameters
+    ----------
+    devices
+        The parties that must agree. Who made a device closes it, after the space.
+    window
+        A `Range`, or ``(base, size)``, that all reservations lie in; None: anywhere that every party reaches.
+    name
+        Shown in messages and in ``/proc/PID/maps``.
+    backing
+        What `Reservation.commit` puts behind addresses: "anonymous", "memfd", or "auto": what the devices agree on.
+    tagged
+        Whether reservations are named in ``/proc/PID/maps`` and told from strangers' by the kernel's own book; False: plain anonymous memory.
+    attempts
+        Candidates acted on by one `reserve`, at most.
+
+    Raises
+    ------
+    ValueError
+        There is no such window, backing or number of attempts.
+    NotSupportedError
+        The devices agree on no backing.
+    LimitReachedError
+        There is no descriptor left for the tag.
+    """
+
+    def __init__(
+        self,
+        devices: Iterable[Device] = (),
+        *,
+        window: _Window | None = None,
+        name: str = "uvas",
+        backing: Literal["auto", "anonymous", "memfd"] = "auto",
+        tagged: bool = True,
+        attempts: int = lib.UVAS_DEFAULT_ATTEMPTS,
+    ) -> None:
+        self._cell = ffi.new("uvas_id *")  # C writes the handle here: no signal can come between its making and its keeping
+        self._generation = generation()
+        self._name = name
+        self._window = _as_window(window)
+        self._parties: list[Party] = []
+        self._retired = False
+        if backing not in _BACKINGS:
+            raise ValueError(f"{backing!r} is no backing: {', '.join(_BACKINGS)}")
+        if not 0 < as_size("attempts", attempts) < 1 << 32:
+            raise ValueError(f"attempts are at least 1, not {attempts}")
+        label = ffi.new("char[]", name.encode())
+        options = ffi.new("struct uvas_space_options *")
+        options.name = label
+        options.backing = _BACKINGS[backing]
+        options.flags = 0 if tagged else lib.UVAS_UNTAGGED
+        options.attempts = attempts
+        if self._window:
+            options.window_base, options.window_size = self._window.base, self._window.size
+        work_off()
+        code = lib.uvas_space_open(options, self._cell)
+        if code < 0:
+            raise raise_answer(code)
+        try:
+            for device in devices:
+                self.attach(device)
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- ranges ------------------------------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        size: int,
+        *,
+        at: int | None = None,
+        window: _Window | None = None,
+        align: int | None = None,
+        name: str | None = None,
+    ) -> Reservation:
+        """Take one range on the host and on every device, or nothing anywhere.
+
+        Nobody's memory is ever replaced: where somebody is in the way, the next candidate is tried, or with `at` the call is refused.
+
+        Parameters
+        ----------
+        size
+            Bytes, rounded up to the page and to every device's granularity.
+        at
+            Exactly here.
+        window
+            Inside this range, instead of the space's window.
+        align
+            A power of two that the base is a multiple of.
+        name
+            For messages.
+
+        Raises
+        ------
+        ValueError
+            A number that cannot be: the message shows it. Raised before any system call.
+        AddressInUseError
+            With `at`: somebody is there, and this is who.
+        AddressSpaceExhaustedError
+            There is no room for it, or the attempts are spent.
+        LimitReachedError
+            RLIMIT_AS, max_map_count, overcommit.
+        DeviceError
+            A device is broken; whatever else a device's `claim` raised reaches the caller as it is.
+        ReleasedError
+            The space has been closed.
+
+        Notes
+        -----
+        Without conflict two to four system calls, and one exchange with the devices, all asked at the same time. O(log n) in the number of ranges.
+        """
+        size = as_size("size", size)
+        held = Reservation(self, name)
+        if at is None and window is None and align is None and name is None:
+            code = lib.uvas_reserve(self._cell[0], size, ffi.NULL, held._cell)
+        else:
+            where, _alive = _as_where(at, window, align, name)
+            code = lib.uvas_reserve(self._cell[0], size, where, held._cell)
+        if code < 0:
+            raise raise_answer(code)
+        held._settle()
+        return held
+
+    def adopt(self, base: int, size: int, *, owner: str) -> Adoption:
+        """Tell uvas of somebody else's range: it is neither mapped nor unmapped, only known, and never handed out.
+
+        Raises
+        ------
+        ValueError
+            The range is empty, not of whole pages, or out of reach.
+        AddressInUseError
+            uvas holds some of it.
+        ReleasedError
+            The space has been closed.
+        """
+        held = Adoption(self, owner)
+        code = lib.uvas_adopt(self._cell[0], as_size("base", base), as_size("size", size), owner.encode(), held._cell)
+        if code < 0:
+            raise raise_answer(code)
+        held._settle()
+        return held
+
+    def find(self, address: int) -> Reservation | Adoption | None:
+        """Return whose address this is among this space's, None if it is not; as `uvas.find`."""
+        held = fast.lookup(address, live)
+        return held if held is not None and held._space is self else None
+
+    def ranges(self) -> list[Reservation | Adoption]:
+        """Return what the space holds, by address. O(n) in what all spaces of the process hold."""
+        found = ffi.new("struct uvas_found *")
+        space = ffi.new("uvas_id *")
+        address = 0
+        held: list[Reservation | Adoption] = []
+        while lib.uvas_next(address, found) == 0:
+            address = found.base + found.size
+            if lib.uvas_space_of(found.id, space) == 0 and space[0] == self._cell[0]:
+                one = live.get(found.id, lambda: None)()
+                if one is not None:
+                    held.append(one)
+        return held
+
+    # ---- devices -----------------------------------------------------------------------------------------------------
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The attached devices, in the order in which they came."""
+        return tuple(party.device for party in self._parties)
+
+    def attach(self, device: Device) -> None:
+        """Bring a device to the living space: it claims every live reservation and commits what is committed, all or nothing.
+
+        Raises
+        ------
+        AddressInUseError
+            A reservation's range is taken on the device.
+        NotSupportedError
+            It cannot live with the backings that are there or that the others need, or cannot reach a reservation.
+        ValueError
+            It is attached already, or declares what there is not.
+        ReleasedError
+            The space has been closed.
+        """
+        if any(party.device is device for party in self._parties):
+            raise ValueError(f"{device!r} is attached already")
+        party = Party(device)
+        cell = ffi.new("uvas_id *")
+        code = lib.uvas_attach(self._cell[0], party.description(), cell)
+        if code < 0:
+            raise raise_answer(code)
+        party.id = cell[0]
+        self._parties.append(party)
+        self._count_claiming()
+
+    def detach(self, device: Device) -> None:
+        """Take a device away: it gives back every live reservation.
+
+        Raises
+        ------
+        ValueError
+            It is not attached.
+        DeviceError
+            It does not give back what it holds: it stays attached.
+        ReleasedError
+            The space has been closed.
+        """
+        party = next((one for one in self._parties if one.device is device), None)
+        if party is None:
+            raise ValueError(f"{device!r} is not attached to {self!r}")
+        code = lib.uvas_detach(self._cell[0], party.id)
+        if code < 0:
+            raise raise_answer(code)
+        self._parties.remove(party)
+        self._count_claiming()
+
+    def _count_claiming(self) -> None:
+        claiming = [party for party in self._parties if party.info.placement == "claims"]
+        for party in claiming:
+            party.asked_beside_others = len(claiming) > 1
+
+    # ---- truth -------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Check every invariant of the registry and of what hangs on it. O(n).
+
+        Raises
+        ------
+        AssertionError
+            One does not hold; the message says which, and where.
+        """
+        code = lib.uvas_check()
+        if code < 0:
+            raise AssertionError(str(raise_answer(code)))
+
+    def audit(self) -> Report:
+        """Compare what the kernel says with what the registry says, for every live reservation.
+
+        Exact where nothing is committed. In committed anonymous memory it sees holes and visible differences: a stranger's anonymous mapping with the
+        same protection merges with what is beside it without a trace. O(n log n) in reservations and their parts.
+
+        Raises
+        ------
+        NotSupportedError
+            ``/proc`` is not mounted.
+        ReleasedError
+            The space has been closed.
+        """
+        return self._inspect(lib.uvas_audit)
+
+    def heal(self) -> Report:
+        """Audit, take holes back without replacing anything, and mark what somebody else holds as lost: it is never touched again.
+
+        What was committed in a hole is gone unless a descriptor holds it: the addresses are then reserved, and a touch faults.
+
+        Raises
+        ------
+        NotSupportedError
+            ``/proc`` is not mounted.
+        ReleasedError
+            The space has been closed.
+        """
+        return self._inspect(lib.uvas_heal)
+
+    def _inspect(self, inspect: Any) -> Report:
+        capacity = _FIRST_FINDINGS
+        count = ffi.new("size_t *")
+        while True:
+            findings = ffi.new("struct uvas_finding[]", capacity)
+            code = inspect(self._cell[0], findings, capacity, count)
+            if code < 0:
+                raise raise_answer(code)
+            if count[0] <= capacity or inspect == lib.uvas_heal:
+                return Report(tuple(map(_as_finding, findings[0 : min(count[0], capacity)])), count[0])
+            capacity = 2 * count[0]
+
+    def stats(self) -> SpaceStats:
+        """Return what the space holds now and has done so far.
+
+        Raises
+        ------
+        ReleasedError
+            The space has been closed.
+        """
+        work_off()
+        stats = ffi.new("struct uvas_space_stats *")
+        code = lib.uvas_space_stats(self._cell[0], stats)
+        if code < 0:
+            raise raise_answer(code)
+        return SpaceStats(**{name: getattr(stats, name) for name in SpaceStats.__slots__})
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """What it was called."""
+        return self._name
+
+    @property
+    def window(self) -> Range | None:
+        """Where its reservations lie; None: anywhere."""
+        return self._window
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed, or belongs to the process that this one was forked from."""
+        return not self._cell[0] or self._generation is not generation()
+
+    def close(self) -> None:
+        """Release what is left in it and end it; the devices live on. A second time does nothing.
+
+        Raises
+        ------
+        BufferError
+            An array lives over a reservation of it; raised before anything is released.
+        DeviceError
+            A device did not give a reservation back; what was released before stays released, and the space stays open.
+        ReleasedError
+            It belongs to the process that this one was forked from.
+        """
+        if not self._cell[0]:
+            return
+        work_off()
+        code = lib.uvas_space_close(self._cell[0])
+        if code == -EBUSY:
+            gc.collect()
+            code = lib.uvas_space_close(self._cell[0])
+        if code == -EBUSY:
+            refusal = raise_answer(code)
+            holders = [repr(lease) for one in self.ranges() if isinstance(one, Reservation) for lease in one.holders()]
+            raise BufferError(f"{refusal}: {'; '.join(holders)}")
+        if code < 0:
+            raise raise_answer(code)
+        self._end()
+
+    def _end(self) -> None:
+        self._cell[0] = 0
+        self._parties.clear()
+
+    def when_unused(self) -> list[Errand]:
+        """Return what is to be done when an array over one of its reservations has gone. For finalizers."""
+        return [(lib.uvas_space_close, self._cell[0], tuple(self._parties))] if self._retired else []
+
+    def __enter__(self) -> Self:
+        if self.closed:
+            raise ReleasedError(f"{self!r} is closed")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close it; under a live array refuse new ones and close when the last one goes, so that the user's own exception is never hidden."""
+        if self.closed:
+            return
+        gc.collect()
+        work_off()
+        code = lib.uvas_space_close(self._cell[0])
+        if code != -EBUSY:
+            if code < 0 and error is None:
+                raise raise_answer(code)
+            if code == 0:
+                self._end()
+            return
+        self._retired = True
+        for one in self.ranges():
+            if isinstance(one, Reservation):
+                one.retire()
+        start_reaper()
+        for errand in self.when_unused():  # the last array may have gone meanwhile
+            enqueue(errand)
+
+    def __del__(self) -> None:
+        try:
+            if self.closed or sys.is_finalizing():
+                return
+            if not self._retired:
+                warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
+            enqueue((lib.uvas_space_close, self._cell[0], tuple(self._parties)))
+        except AttributeError:
+            pass  # a constructor that raised, or an interpreter that has taken itself apart
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} cannot be pickled or copied: addresses belong to one process")
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return f"<AddressSpace {self._name!r}, closed>"
+        devices = ", ".join(party.info.name for party in self._parties)
+        return f"<AddressSpace {self._name!r}{f' with {devices}' if devices else ''}>"
+
+
+def _as_window(window: _Window | None) -> Range | None:
+    if window is None or isinstance(window, Range):
+        return window
+    base, size = window
+    return Range(as_size("the window's base", base), as_size("the window's size", size))
+
+
+def _as_where(at: int | None, window: _Window | None, align: int | None, name: str | None) -> tuple[Any, Any]:
+    """Return the ``struct uvas_where``, and what must live as long as it."""
+    where = ffi.new("struct uvas_where *")
+    if at is not None:
+        where.at = as_size("at", at)
+        if not where.at:
+            raise ValueError("the address 0 is nobody's to have")
+    inside = _as_window(window)
+    if inside is not None:
+        where.window_base, where.window_size = inside.base, inside.size
+    if align is not None:
+        where.align = as_size("the alignment", align)
+        if not where.align:
+            raise ValueError("the alignment 0x0 is not a power of two")
+    label = ffi.new("char[]", name.encode()) if name is not None else ffi.NULL
+    where.name = label
+    return where, label
+
+
+def _as_finding(finding: Any) -> Finding:
+    held = live.get(finding.reservation, lambda: None)()
+    return Finding(
+        range=Range(finding.base, finding.size),
+        kind=_FINDINGS[finding.kind],
+        reservation=held if isinstance(held, Reservation) else None,
+        committed=bool(finding.committed),
+        healed=bool(finding.healed),
+        owner=ffi.string(finding.owner).decode(errors="backslashreplace"),
+    )
+
+
