@@ -89,6 +89,8 @@ def test_wheel_is_for_every_python_and_holds_no_leftovers(wheel):
     assert FREE_THREADED or tag.startswith("cp311-abi3-linux_")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "uvas").rglob("*.py")} - {"uvas/_core/build.py"}
+    assert {name for name in names if name.endswith(".py")} == modules
     core = {name.removeprefix("uvas/_core/") for name in names if name.startswith("uvas/_core/")}
     assert core == {
         "__init__.py",

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from errno import ECANCELED, EEXIST
 from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from uvas._core import ffi, lib
@@ -37,15 +38,35 @@ _BACKINGS: dict[BackingKind, int] = {
 _BACKING_NAMES = {bit: name for name, bit in _BACKINGS.items()}
 _MOST_AT_ONCE = 32  # devices of a space
 
-_raised = threading.local()  # .error: what a device's method raised in the call that this thread is making into C
+_FIRST_ANSWER = 1 << 16  # beyond every errno
+_MOST_KEPT = 256  # exceptions that a verb went on without: what a device said to an undo, say
 
 
-def raise_answer(code: int) -> Exception:
+class _Raised(threading.local):
+    """What devices raised in the calls that this thread made into C, by the number that C was given instead."""
+
+    def __init__(self) -> None:
+        self.errors: dict[int, BaseException] = {}
+        self.answers = count(_FIRST_ANSWER)
+
+
+_raised = _Raised()
+
+
+def _keep(error: BaseException) -> int:
+    """Return the number that stands for an exception on its way through C."""
+    if len(_raised.errors) == _MOST_KEPT:
+        _raised.errors.clear()
+    answer = -next(_raised.answers)
+    _raised.errors[answer] = error
+    return answer
+
+
+def raise_answer(code: int) -> BaseException:
     """Return what to raise for a core call that answered `code` < 0: the device's own exception where there is one."""
-    error = _raised.__dict__.pop("error", None)
-    if code == -ECANCELED and error is not None:
-        return error  # type: ignore[no-any-return]
-    return failure(code)
+    error = _raised.errors.get(code)
+    _raised.errors.clear()
+    return failure(code) if error is None else error
 
 
 class Party:
@@ -134,8 +155,7 @@ def _ask(call: Callable[[], None]) -> int:
     try:
         call()
     except BaseException as error:  # noqa: BLE001 - nothing travels through C
-        _raised.error = error
-        return -ECANCELED
+        return _keep(error)
     return 0
 
 
@@ -162,8 +182,7 @@ def uvas_py_claim(context: Any, base: int, size: int, obstacle: Any) -> int:
             obstacle.base, obstacle.size = error.obstacle.base, error.obstacle.size
         return -EEXIST
     except BaseException as error:  # noqa: BLE001 - nothing travels through C
-        _raised.error = error
-        return -ECANCELED
+        return _keep(error)
     return 0
 
 

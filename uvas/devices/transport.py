@@ -1,210 +1,221 @@
-"""Requests to a worker process and their answers, over one connection, for any number of threads.
+"""What travels between a host and a worker: arrays by address, everything else by pickle.
 
-The standard library frames the messages (`multiprocessing.connection`) and carries descriptors (`socket.send_fds`). A
-request is ``(tag, verb, arguments, whether a descriptor follows)``, its answer ``(tag, error or None, value)``; both are
-pickled, and errors travel as themselves.
+An array whose bytes lie wholly in committed memory of a range that both sides hold is sent as its address, shape, strides
+and dtype. The other side makes an array over the same address, so nothing is copied and pointers stored in it stay true.
+Any other array is refused: a copy that nobody asked for would part the two sides without a word. `by_value` asks for it.
+
+Both ends use this module: the memory is found through the core's registry, which each process has of its own.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
+import io
 import pickle
-import select
-import socket
-import threading
-from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
-from multiprocessing.reduction import recv_handle
-from typing import Any
+from collections.abc import Callable, Container
+from typing import Any, Generic, TypeVar
 
-__all__ = ["HELLO", "RequestLine", "serve"]
+import numpy as np
 
-HELLO = 0
-"""The tag of the worker's first message, which nobody asked for: it is ready, or why it is not."""
+from uvas._core import fast, ffi, lib
+from uvas.errors import failure
+
+__all__ = ["ByValue", "Lease", "by_value", "dumps"]
+
+_Array = TypeVar("_Array", bound="np.ndarray[Any, Any]")
 
 
-class RequestLine:
-    """The host's end.
+class ByValue(Generic[_Array]):
+    """An array that is to be copied to the other side, where it arrives as a plain array. Made by `by_value`."""
 
-    Whoever waits for an answer reads the line, one thread at a time, and puts aside what others wait for. A thread that
-    did nothing but read would make the state simpler and each answer two switches of threads later.
+    __slots__ = ("array",)
+
+    def __init__(self, array: _Array) -> None:
+        self.array = array
+
+    def __repr__(self) -> str:
+        return f"by_value({self.array!r})"
+
+
+def by_value(array: _Array) -> ByValue[_Array]:
+    """Let an array travel to a device, or back from one, as a copy.
 
     Parameters
     ----------
-    end
-        This process's end of a pair of stream sockets. It is the line's from here on.
+    array
+        Any array, wherever it lies.
+
+    Returns
+    -------
+    ByValue
+        To be used as an argument of `ProcessDevice.submit`, or returned by a function that runs there. The other side
+        gets a plain array.
+
+    Raises
+    ------
+    TypeError
+        It is no NumPy array: everything else is copied anyway.
+
+    Examples
+    --------
+    >>> by_value(np.arange(3))
+    by_value(array([0, 1, 2]))
+    """
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"by_value is for NumPy arrays; {type(array).__name__} travels by value anyway")
+    return ByValue(array)
+
+
+class Lease:
+    """Keeps committed memory from being released as long as it lives: the base of an array over it.
+
+    Parameters
+    ----------
+    address, size
+        Bytes that lie in one reservation, all of them committed.
+
+    Raises
+    ------
+    ValueError
+        They do not.
+    ReleasedError
+        The reservation is being released.
     """
 
-    def __init__(self, end: socket.socket) -> None:
-        self._socket = end
-        self._connection = Connection(os.dup(end.fileno()))
-        self._tags = itertools.count(HELLO + 1)
-        self._sending = threading.Lock()
-        self._turn = threading.Condition(threading.Lock())
-        self._reading = False
-        self._ended = False
-        self._answers: dict[int, tuple[BaseException | None, Any]] = {}
-        self._abandoned: set[int] = set()
-        self._arrival = select.poll()
-        self._arrival.register(end.fileno(), select.POLLIN)
+    __slots__ = ("__array_interface__", "__weakref__", "_id")
 
-    def send(self, verb: str, *arguments: Any, descriptor: int = -1) -> int:
-        """Send a request, with a descriptor if there is one, and return its tag, which `collect` wants.
+    def __init__(self, address: int, size: int) -> None:
+        self._id = ffi.new("uvas_id *")
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (address, False)}
+        found = _find(address)
+        if found is None:
+            raise ValueError(f"[{address:#x}, {address + size:#x}) lies in no reservation")
+        code = lib.uvas_lease(found.id, address - found.base, size, self._id)
+        if code < 0:
+            raise failure(code)
 
-        Raises
-        ------
-        EOFError
-            The line has ended.
-        """
-        tag = next(self._tags)
-        message = pickle.dumps((tag, verb, arguments, descriptor >= 0))
-        with self._sending:
-            if self._ended:
-                raise EOFError
+    def __del__(self, _unlease: Callable[[int], int] = fast.unlease) -> None:
+        if self._id[0]:
+            _unlease(self._id[0])
+
+
+def _find(address: int) -> Any:
+    """Return the core's word on the reservation that holds an address, None if there is none."""
+    found = ffi.new("struct uvas_found *")
+    if lib.uvas_find(address, found) < 0 or found.kind != lib.UVAS_RESERVATION:
+        return None
+    return found
+
+
+# ---- sending ---------------------------------------------------------------------------------------------------------
+
+
+def dumps(message: object, shared: Container[int], party: str) -> tuple[bytes, list[Lease]]:
+    """Pickle a message whose arrays travel by address.
+
+    Parameters
+    ----------
+    message
+        What to send.
+    shared
+        The bases of the ranges that both sides hold.
+    party
+        The device's name, for messages.
+
+    Returns
+    -------
+    bytes, list of Lease
+        The message, and what keeps the memory of its arrays while it is on its way.
+
+    Raises
+    ------
+    TypeError
+        An array in it lies elsewhere, or its elements are references. As `pickle` has it, something else in it cannot be
+        pickled.
+    """
+    leases: list[Lease] = []
+    file = io.BytesIO()
+    _Pickler(file, shared, party, leases).dump(message)
+    return file.getvalue(), leases
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, shared: Container[int], party: str, leases: list[Lease]) -> None:
+        super().__init__(file, protocol=5)
+        self._shared = shared
+        self._party = party
+        self._leases = leases
+
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind is np.ndarray:
+            return self._reduce(obj)
+        if kind is ByValue:
+            return obj.array.__reduce_ex__(5)
+        if isinstance(obj, np.ndarray):
+            raise TypeError(
+                f"{_described(obj)} is a {kind.__module__}.{kind.__qualname__}, which is not sent to {self._party} by "
+                f"address: send array.view(numpy.ndarray), or wrap it in uvas.by_value to copy it"
+            )
+        return NotImplemented
+
+    def _reduce(self, array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+        if array.dtype.hasobject:
+            raise TypeError(f"{_described(array)} holds references, which mean nothing to {self._party}")
+        low, size = _extent(array)
+        if size == 0:  # no bytes to share
+            return np.ndarray, (array.shape, array.dtype)
+        self._leases.append(self._lease(array, low, size))
+        offset = _address(array) - low
+        return _rebuild, (low, size, offset, array.shape, array.strides, array.dtype, array.flags.writeable)
+
+    def _lease(self, array: np.ndarray[Any, Any], low: int, size: int) -> Lease:
+        found = _find(low)
+        if found is not None and found.base in self._shared:
             try:
-                self._connection.send_bytes(message)
-                if descriptor >= 0:
-                    self._send_descriptor(descriptor)
-            except OSError:
-                raise EOFError from None
-            except BaseException:  # interrupted half way through: what follows would not be understood
-                self.hang_up()
-                raise
-        return tag
-
-    def _send_descriptor(self, descriptor: int) -> None:
-        try:
-            socket.send_fds(self._socket, [b"\0"], [descriptor])
-        except BrokenPipeError:
-            raise
-        except OSError:  # no such descriptor, or too many in flight: the byte alone tells the worker to expect none
-            self._socket.send(b"\0")
-
-    def collect(self, tag: int) -> Any:
-        """Wait for the answer to a request and return its value, or raise the error that it is.
-
-        Raises
-        ------
-        EOFError
-            The line ended before the answer came.
-        """
-        try:
-            while (answer := self._put_aside(tag)) is None:
-                self._read_one()
-        except BaseException:
-            with self._turn:
-                if self._answers.pop(tag, None) is None:
-                    self._abandoned.add(tag)
-            raise
-        error, value = answer
-        if error is not None:
-            raise error
-        return value
-
-    def ask(self, verb: str, *arguments: Any, descriptor: int = -1) -> Any:
-        """Send a request and wait for its answer: `send`, then `collect`."""
-        return self.collect(self.send(verb, *arguments, descriptor=descriptor))
-
-    def _put_aside(self, tag: int) -> tuple[BaseException | None, Any] | None:
-        """Return an answer that has come; None: it has not, and it is the caller's turn to read."""
-        with self._turn:
-            while self._reading and tag not in self._answers:
-                self._turn.wait()
-            if tag in self._answers:
-                return self._answers.pop(tag)
-            if self._ended:
-                raise EOFError
-            self._reading = True
-            return None
-
-    def _read_one(self) -> None:
-        received = None
-        try:
-            self._arrival.poll()  # the long wait is here, where an interrupt breaks nothing
-            received = self._receive()
-        finally:
-            with self._turn:
-                self._reading = False
-                if received is not None:
-                    tag, error, value = received
-                    if tag in self._abandoned:
-                        self._abandoned.remove(tag)
-                    else:
-                        self._answers[tag] = error, value
-                self._turn.notify_all()
-
-    def _receive(self) -> tuple[int, BaseException | None, Any] | None:
-        try:
-            message = self._connection.recv_bytes()
-        except (EOFError, OSError):
-            self._ended = True
-            return None
-        except BaseException:  # interrupted half way through
-            self.hang_up()
-            raise
-        received: tuple[int, BaseException | None, Any] = pickle.loads(message)
-        return received
-
-    def hang_up(self) -> None:
-        """End the line for both sides: whoever waits on it is woken. Takes no lock; may be called again."""
-        self._ended = True
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # it had ended, or is closed
-
-    def close(self) -> None:
-        """Hang up and give the descriptors back, once nobody uses them."""
-        self.hang_up()
-        with self._sending, self._turn:
-            while self._reading:
-                self._turn.wait()
-            self.close_descriptors()
-
-    def close_descriptors(self) -> None:
-        """Give the descriptors back and leave the line alone: for a forked child, whose parent goes on using it."""
-        self._ended = True
-        self._connection.close()
-        self._socket.close()
+                return Lease(low, size)
+            except ValueError as error:
+                why = str(error)
+        else:
+            why = f"it does not lie in memory that {self._party} shares"
+        raise TypeError(
+            f"{_described(array)} cannot be sent to or from {self._party}: {why}; "
+            f"allocate it with reservation.numpy, or wrap it in uvas.by_value to copy it"
+        )
 
 
-def serve(connection: Connection, verbs: Mapping[str, Callable[..., Any]]) -> None:
-    """Answer requests one after the other until the line ends: the worker's end.
-
-    A verb that fails answers with its exception. A descriptor that comes with a request is the verb's last argument; it
-    is closed when the verb returns.
-    """
-    while True:
-        try:
-            tag, verb, arguments, with_descriptor = pickle.loads(connection.recv_bytes())
-            answer = _answer(connection, verbs[verb], arguments, with_descriptor)
-            connection.send_bytes(_pickled(tag, *answer))
-        except (EOFError, OSError):
-            return
+def _described(array: np.ndarray[Any, Any]) -> str:
+    return f"the array of shape {array.shape} and dtype {array.dtype} at {_address(array):#x}"
 
 
-def _answer(
-    connection: Connection, verb: Callable[..., Any], arguments: tuple[Any, ...], with_descriptor: bool
-) -> tuple[BaseException | None, Any]:
-    descriptor = -1
-    try:
-        if with_descriptor:
-            descriptor = recv_handle(connection)
-            arguments = (*arguments, descriptor)
-        return None, verb(*arguments)
-    except EOFError:
-        raise
-    except BaseException as error:
-        # Its frames would keep alive what they refer to; the host has frames of its own.
-        return error.with_traceback(None), None
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
+def _address(array: np.ndarray[Any, Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
-def _pickled(tag: int, error: BaseException | None, value: Any) -> bytes:
-    try:
-        return pickle.dumps((tag, error, value))
-    except Exception as unpicklable:
-        return pickle.dumps((tag, RuntimeError(f"{error or value!r} cannot be sent: {unpicklable}"), None))
+def _extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """Return the lowest address of an array's elements and the bytes from there to the end of its highest one."""
+    if array.size == 0 or array.itemsize == 0:
+        return 0, 0
+    spans = [(length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True)]
+    below = sum(span for span in spans if span < 0)
+    above = sum(span for span in spans if span > 0)
+    return _address(array) + below, above - below + array.itemsize
+
+
+# ---- receiving -------------------------------------------------------------------------------------------------------
+
+
+def _rebuild(
+    low: int,
+    size: int,
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: np.dtype[Any],
+    writeable: bool,
+) -> np.ndarray[Any, Any]:
+    """Make an array over this process's side of shared memory; it holds a lease there."""
+    memory = np.asarray(Lease(low, size))
+    array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, buffer=memory, offset=offset, strides=strides)
+    array.flags.writeable = writeable
+    return array

@@ -14,6 +14,7 @@
 
 #include "failure.h"
 #include "limits.h"
+#include "maps.h"
 #include "registry.h"
 #include "space.h"
 
@@ -190,13 +191,37 @@ static int hold(const struct plan *plan, const struct uvas_piece_entry *part) {
     return uvas_vm_overlay(where(plan, part), length(part), UVAS_OVERLAY_HELD, UVAS_NONE, tag, 0);
 }
 
+static enum uvas_vm_overlay_kind overlay_of(const struct uvas_piece_entry *part) {
+    return !part->file ? UVAS_OVERLAY_ANONYMOUS : part->shared ? UVAS_OVERLAY_SHARED : UVAS_OVERLAY_PRIVATE;
+}
+
+/* After a mapping that failed half way: holds again what the kernel unmapped. false: somebody was quicker. */
+static bool hold_again(const struct plan *plan, const struct uvas_piece_entry *part) {
+    int tag = plan->record->tagged ? plan->record->space->tag : -1;
+    uintptr_t at = where(plan, part), end = at + length(part), stray = 0;
+    bool held = true;
+    while (at < end) {
+        struct uvas_obstacle there = {0};
+        bool some = uvas_maps_describe(at, end - at, &there) != 0;
+        uintptr_t until = some ? there.base : end;
+        if (at < until) {
+            held &= uvas_vm_reserve(at, until - at, tag, &stray) == 0;
+        }
+        at = some ? there.base + there.size : end;
+    }
+    return held;
+}
+
 /* Maps what the part says; nothing for what a driver maps. */
-static int map_part(const struct plan *plan, const struct uvas_piece_entry *part) {
+static int map_part(const struct plan *plan, const struct uvas_piece_entry *part, bool *poisoned) {
     if (part->kind == UVAS_BACKING_DRIVER) {
         return 0;
     }
-    enum uvas_vm_overlay_kind kind = !part->file ? UVAS_OVERLAY_ANONYMOUS : part->shared ? UVAS_OVERLAY_SHARED : UVAS_OVERLAY_PRIVATE;
-    return uvas_vm_overlay(where(plan, part), length(part), kind, part->protection, part->file ? part->file->fd : -1, part->offset);
+    int rc = uvas_vm_overlay(where(plan, part), length(part), overlay_of(part), part->protection, part->file ? part->file->fd : -1, part->offset);
+    if (rc < 0 && part->file && !hold_again(plan, part)) {
+        *poisoned = true;
+    }
+    return rc;
 }
 
 static int say_mmap(const struct plan *plan, const struct uvas_piece_entry *part, const char *call, int rc) {
@@ -270,7 +295,7 @@ static int refuse_lost(const struct plan *plan, const struct uvas_piece_entry *p
 }
 
 /* Memory where none was: a mapping over the held addresses, or, where guards went up for want of one, the guards taken down. */
-static int put_memory(const struct plan *plan, const struct uvas_piece_entry *was, const struct uvas_piece_entry *is) {
+static int put_memory(const struct plan *plan, const struct uvas_piece_entry *was, const struct uvas_piece_entry *is, bool *poisoned) {
     if (is->kind == UVAS_BACKING_DRIVER) {
         return 0;
     }
@@ -281,7 +306,7 @@ static int put_memory(const struct plan *plan, const struct uvas_piece_entry *wa
         }
     }
     if (!was->guarded) {
-        int rc = map_part(plan, is);
+        int rc = map_part(plan, is, poisoned);
         return rc < 0 ? say_mmap(plan, is, "mmap", rc) : 0;
     }
     int rc = uvas_vm_unguard(where(plan, is), length(is));
@@ -327,7 +352,7 @@ static int commit_part(const struct plan *plan, const struct uvas_piece_entry *w
         }
         return rc;
     }
-    rc = put_memory(plan, was, is);
+    rc = put_memory(plan, was, is, poisoned);
     if (rc < 0) {
         return rc;
     }
@@ -364,7 +389,7 @@ static int commit_all(struct plan *plan, struct uvas_piece_entry *become, uint32
     }
     if (rc < 0) {
         struct uvas_failure said = *uvas_last_failure();
-        while (done-- > 0) {
+        while (done-- > 0 && !*poisoned) {
             uncommit_part(plan, &plan->parts[done], &become[done], poisoned);
         }
         *uvas_fail(said.kind, said.code) = said;
@@ -475,7 +500,7 @@ static int decommit_devices(struct plan *plan, size_t *done, bool *poisoned) {
 
 static void recommit_devices(struct plan *plan, size_t done, bool *poisoned) {
     struct uvas_failure said = *uvas_last_failure();
-    while (done-- > 0) {
+    while (done-- > 0 && !*poisoned) { /* once an undo has failed, more of it helps nobody */
         if (uvas_piece_committed(&plan->parts[done])) {
             *poisoned |= uvas_party_commit(plan->record, &plan->parts[done], poisoned) < 0;
         }
@@ -497,10 +522,10 @@ static int punch(const struct plan *plan) {
 }
 
 static void remap(struct plan *plan, bool *poisoned) {
-    for (size_t i = 0; i < plan->count; i++) {
+    for (size_t i = 0; i < plan->count && !*poisoned; i++) {
         const struct uvas_piece_entry *part = &plan->parts[i];
         if (on_host(part) && !part->guarded && !part->stays) {
-            *poisoned |= map_part(plan, part) < 0;
+            *poisoned |= map_part(plan, part, poisoned) < 0;
         } else if (part->stays && !part->guarded) {
             *poisoned |= uvas_vm_unguard(where(plan, part), length(part)) < 0;
         }
@@ -592,7 +617,7 @@ int uvas_protect(uvas_id reservation, size_t offset, size_t size, uint32_t prote
     }
     if (rc < 0) {
         struct uvas_failure said = *uvas_last_failure();
-        for (done -= done > 0; done-- > 0;) {
+        for (done -= done > 0; done-- > 0 && !poisoned;) {
             struct uvas_piece_entry is = plan.parts[done];
             is.protection = protection;
             uncommit_part(&plan, &plan.parts[done], &is, &poisoned);
@@ -639,14 +664,18 @@ static int check_mapping(const struct uvas_record *record, const struct uvas_map
 
 static int map_over(struct plan *plan, const struct uvas_piece_entry *fresh, bool *poisoned) {
     size_t devices = 0;
-    int rc = decommit_devices(plan, &devices, poisoned);
+    int rc = uvas_vm_try(length(fresh), overlay_of(fresh), fresh->protection, fresh->file->fd, fresh->offset);
+    if (rc < 0) { /* what the file refuses it refuses where nothing can be lost */
+        return say_mmap(plan, fresh, "mmap", rc);
+    }
+    rc = decommit_devices(plan, &devices, poisoned);
     if (rc < 0) {
         recommit_devices(plan, devices, poisoned);
         return rc;
     }
     rc = uvas_party_commit(plan->record, fresh, poisoned);
     if (rc == 0) {
-        rc = map_part(plan, fresh); /* last: private contents under it are gone with it */
+        rc = map_part(plan, fresh, poisoned); /* last: private contents under it are gone with it */
         if (rc < 0) {
             rc = say_mmap(plan, fresh, "mmap", rc);
             struct uvas_failure said = *uvas_last_failure();

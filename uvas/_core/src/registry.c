@@ -18,6 +18,7 @@
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "vm.h"
@@ -209,6 +210,7 @@ static bool put_by(struct pool *pool) {
     size_t bytes = sizeof(struct chunk) + CHUNK_NODES * pool->node_bytes;
     uvas_registry_unlock();
     char *memory = uvas_vm_pages(bytes);
+    memory = memory ? memory : calloc(1, bytes); /* at max_map_count the heap may have what the kernel has not */
     if (!memory) {
         return false;
     }

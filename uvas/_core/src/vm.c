@@ -161,7 +161,7 @@ static long map_imitated(uint32_t kernel, uintptr_t base, size_t size, int prote
     case UVAS_KERNEL_REFUSED:
         return exact ? -EOPNOTSUPP : map_native(base, size, protection, flags, fd, offset);
     case UVAS_KERNEL_ALIGNS:
-        if (placed_by_colour && !exact && base != 0) {
+        if (placed_by_colour && !exact && base != 0) { /* the destructive one */
             return (flags & MAP_SHARED) ? -EINVAL : map_native(base, size, protection, flags, fd, offset);
         }
         if (placed_by_colour && exact) {
@@ -248,6 +248,12 @@ int uvas_vm_overlay(uintptr_t base, size_t size, enum uvas_vm_overlay_kind kind,
     long at = map(base, size, (int)protection, flags, fd, offset);
     assert(at < 0 || (uintptr_t)at == base);
     return at < 0 ? (int)at : 0;
+}
+
+int uvas_vm_try(size_t size, enum uvas_vm_overlay_kind kind, uint32_t protection, int fd, int64_t offset) {
+    assert(fd >= 0 && (kind == UVAS_OVERLAY_SHARED || kind == UVAS_OVERLAY_PRIVATE));
+    long at = map(0, size, (int)protection, kind == UVAS_OVERLAY_SHARED ? MAP_SHARED : MAP_PRIVATE, fd, offset);
+    return at < 0 ? (int)at : uvas_vm_unmap((uintptr_t)at, size);
 }
 
 int uvas_vm_protect(uintptr_t base, size_t size, uint32_t protection) {

@@ -51,8 +51,12 @@ int uvas_vm_unmap(uintptr_t base, size_t size);
 enum uvas_vm_overlay_kind { UVAS_OVERLAY_HELD, UVAS_OVERLAY_ANONYMOUS, UVAS_OVERLAY_SHARED, UVAS_OVERLAY_PRIVATE };
 
 /* The one use of the destructive flag. HELD: no access, over the tag `fd` (-1: anonymous); ANONYMOUS: fresh private memory;
- * SHARED, PRIVATE: `fd` at `offset`. Atomic: at no moment is a page of the range unmapped. */
+ * SHARED, PRIVATE: `fd` at `offset`. Atomic if it succeeds: at no moment is a page of the range unmapped. If it fails for a descriptor, the kernel
+ * may have unmapped the range before the file said no (seen: hugetlbfs without pages, Linux 6.18), so the caller tries the file elsewhere first
+ * (uvas_vm_try) and takes a hole back at once. */
 int uvas_vm_overlay(uintptr_t base, size_t size, enum uvas_vm_overlay_kind kind, uint32_t protection, int fd, int64_t offset);
+/* Whether the file would be mapped: maps it where the kernel likes, and unmaps it. */
+int uvas_vm_try(size_t size, enum uvas_vm_overlay_kind kind, uint32_t protection, int fd, int64_t offset);
 int uvas_vm_protect(uintptr_t base, size_t size, uint32_t protection);
 int uvas_vm_drop(uintptr_t base, size_t size);     /* contents gone, mapping stays */
 int uvas_vm_guard(uintptr_t base, size_t size);    /* contents gone, no access, no mapping used */

@@ -1,0 +1,42 @@
+"""Ctrl-C, held back while half of something is done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["held_back"]
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let an interrupt wait until the end of the block, where it raises what it would have raised at once.
+
+    A second interrupt does not wait: the block may be waiting for somebody who never answers. Python runs signal handlers
+    on the main thread only, so on others there is nothing to do.
+    """
+    if threading.get_ident() != threading.main_thread().ident:
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before):  # ignored, or the process just ends
+        yield
+        return
+    came: list[FrameType | None] = []
+    handler: Callable[[int, FrameType | None], object] = before
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        came.append(frame)
+        if len(came) > 1:
+            handler(number, frame)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if len(came) == 1:
+            handler(signal.SIGINT, came[0])

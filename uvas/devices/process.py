@@ -1,0 +1,296 @@
+"""A worker process as a device: it has an address space of its own and can refuse; what is committed is the same pages."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from operator import index
+from types import TracebackType
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from uvas.devices.base import Backing, DeviceInfo
+from uvas.devices.transport import dumps
+from uvas.devices.calls import Call
+from uvas.devices.interrupts import held_back
+from uvas.devices.link import Link
+from uvas.errors import AddressInUseError, DeviceLostError, NotSupportedError, ReleasedError, UvasError
+from uvas.ranges import Range
+
+__all__ = ["ProcessDevice"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_CLOSE_S = 5.0
+"""How long `close` lets the function at work go on."""
+
+_COPY_BYTES = 1 << 20
+"""What one request reads or writes at most: claims of other threads come in between."""
+
+
+class ProcessDevice:
+    """A worker process that holds the host's reservations at the same addresses, and calls functions there.
+
+    The worker is a freshly executed process, not a fork: it has its own libraries and its own randomised layout, so that
+    claiming an address in it can fail. It maps what is committed: the same pages at the same addresses.
+
+    Functions travel as under `multiprocessing`'s spawn: by their module and name. A script that submits functions of its own
+    must start its work under ``if __name__ == "__main__":``, because the worker imports it. Arrays in shared memory
+    travel by address, without a copy, and so do plain addresses, being integers; `uvas.by_value` copies an array that
+    lies elsewhere; all else goes by pickle.
+
+    The worker ends with this process, however that ends. In a forked child the device is dead.
+
+    Parameters
+    ----------
+    name
+        For messages; None: one is made up.
+    memory
+        ``shared``: host and worker map the same pages. ``private``, a memory of the device's own, is not built yet.
+
+    Raises
+    ------
+    ValueError
+        There is no such `memory`.
+    NotSupportedError
+        `memory` is ``private``.
+    OSError
+        There is no process or no descriptor to be had.
+    RuntimeError
+        This process is itself a worker that is importing ``__main__``: that lacks its ``if __name__ == "__main__":``.
+
+    Notes
+    -----
+    A worker that ends is noticed at once: whoever waits for it gets DeviceLostError, as does the next call. The host's memory
+    stays as it is. Interrupting this process (Ctrl-C) does not reach the worker. An interrupt waits until a message that
+    is being sent has been sent; a second one does not wait, and costs the device.
+    """
+
+    def __init__(self, *, name: str | None = None, memory: Literal["shared", "private"] = "shared") -> None:
+        if memory == "private":
+            raise NotSupportedError(
+                'ProcessDevice(memory="private")',
+                "memory of the device's own comes with the pager, which this version of uvas does not have",
+                'use memory="shared"',
+            )
+        if memory != "shared":
+            raise ValueError(f"a worker's memory is 'shared' or 'private', not {memory!r}")
+        self._link = Link(name)
+        self._bases: set[int] = set()
+        self._claiming: dict[int, int] = {}
+        self._info = DeviceInfo(
+            name=self._link.name,
+            placement="claims",
+            backings=frozenset(("memfd", "descriptor")),
+            details={"pid": self._link.pid, "memory": memory},
+        )
+        weakref.finalize(self, self._link.abandon).atexit = False
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._link.pid
+
+    @property
+    def info(self) -> DeviceInfo:
+        """What the device declares."""
+        return self._info
+
+    # ---- what a space asks -------------------------------------------------------------------------------------------
+
+    def start_claim(self, range: Range, /) -> None:
+        """Ask the worker for the range and do not wait: `claim` has the answer."""
+        try:
+            with held_back():
+                self._claiming[range.base] = self._link.send("claim", range.base, range.size)
+        except UvasError:
+            return  # claim finds the same
+        except BaseException:
+            self._drop_claim(range)
+            raise
+
+    def claim(self, range: Range, /) -> None:
+        """Hold the range in the worker, at the same addresses.
+
+        Raises
+        ------
+        AddressInUseError
+            Something of the worker's own is there; the owner names the device and what it is.
+        DeviceLostError
+            The worker is gone.
+        ReleasedError
+            The device is closed, or the parent process's.
+        """
+        try:
+            with held_back():
+                tag = self._claiming.pop(range.base, None)
+                self._link.collect("claim", self._link.send("claim", range.base, range.size) if tag is None else tag)
+                self._bases.add(range.base)
+        except AddressInUseError as refusal:
+            owner = f"{self._info.name}: {refusal.owner}"
+            raise AddressInUseError(range, owner, refusal.obstacle) from None
+        except UvasError:
+            raise
+        except BaseException:
+            self._drop_claim(range)
+            raise
+
+    def _drop_claim(self, range: Range) -> None:
+        """Undo a claim that was interrupted. The worker works in order, and passes over what it does not hold."""
+        self._claiming.pop(range.base, None)
+        self.unclaim(range)
+
+    def unclaim(self, range: Range, /) -> None:
+        """Give the range back, with whatever is committed in it. A worker that is gone holds nothing.
+
+        Raises
+        ------
+        BufferError
+            An array over it still lives in the worker: in a global of a function's module, say.
+        """
+        self._give_back("unclaim", range)
+        self._bases.discard(range.base)
+
+    def commit(self, range: Range, backing: Backing, protection: str, /) -> None:
+        """Map what the host has there into the worker.
+
+        Raises
+        ------
+        NotSupportedError
+            It cannot be shared.
+        DeviceLostError, ReleasedError
+            As of `claim`.
+        """
+        if backing.descriptor is None or not backing.shared:
+            raise NotSupportedError(
+                f"{backing.kind} memory on {self._info.name}", "a worker can map only what is shared and has a descriptor"
+            )
+        with held_back():
+            tag = self._link.send(
+                "commit", range.base, range.size, backing.offset, protection, descriptor=backing.descriptor
+            )
+            self._link.collect("commit", tag)
+
+    def decommit(self, range: Range, /) -> None:
+        """Let go of the pages in the worker. A worker that is gone holds none."""
+        self._give_back("decommit", range)
+
+    def protect(self, range: Range, protection: str, /) -> None:
+        """Change what may be done with committed pages in the worker.
+
+        Raises
+        ------
+        DeviceLostError, ReleasedError
+            As of `claim`.
+        """
+        with held_back():
+            self._link.collect("protect", self._link.send("protect", range.base, range.size, protection))
+
+    def _give_back(self, verb: str, range: Range) -> None:
+        try:
+            with held_back():
+                self._link.collect(verb, self._link.send(verb, range.base, range.size))
+        except (DeviceLostError, ReleasedError):
+            if self._link.usable:
+                raise
+
+    # ---- what a person asks ------------------------------------------------------------------------------------------
+
+    def submit(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Let the worker call a function, after those submitted before it.
+
+        The arrays among the arguments are held, and the memory under them leased, until the call is done. A call that waits
+        for its turn can be cancelled; one at work cannot.
+
+        Parameters
+        ----------
+        function
+            Importable in the worker by its module and name, or a `CFunction`.
+        *args, **kwargs
+            For the function.
+
+        Returns
+        -------
+        concurrent.futures.Future
+            The result. An exception of the function comes back as itself, with the worker's traceback as its cause.
+
+        Raises
+        ------
+        TypeError
+            An array lies outside the memory that this device shares, and is not wrapped in `uvas.by_value`.
+        pickle.PicklingError, AttributeError
+            The function (a lambda, say) or an argument cannot be pickled.
+        DeviceLostError, ReleasedError
+            As of `claim`.
+        """
+        self._link.check("submit")
+        message, leases = dumps((function, args, kwargs), self._bases, self._info.name)
+        name = getattr(function, "__qualname__", None) or repr(function)
+        call = Call(name, message, (self, args, kwargs, leases))
+        self._link.submit(call)
+        return call.future
+
+    def run(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Let the worker call a function and return its result: `submit`, and wait."""
+        return self.submit(function, *args, **kwargs).result()
+
+    def read(self, address: int, size: int) -> bytes:
+        """Return what the worker sees at an address.
+
+        Raises
+        ------
+        DeviceError
+            Not all of it is accessible there. The worker goes on.
+        ValueError
+            There is no such range of addresses.
+        DeviceLostError, ReleasedError
+            As of `claim`.
+        """
+        return b"".join(self._ask("read", start, size) for start, size in _parts(address, size))
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Let the worker write at an address. If part of the range is not accessible there, what precedes it may be written.
+
+        Raises
+        ------
+        DeviceError, ValueError, DeviceLostError, ReleasedError
+            As of `read`.
+        """
+        view = memoryview(data).cast("B")
+        for start, size in _parts(address, len(view)):
+            self._ask("write", start, bytes(view[start - address :][:size]))
+
+    def _ask(self, verb: str, *arguments: Any) -> Any:
+        with held_back():
+            return self._link.collect(verb, self._link.send(verb, *arguments))
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the worker. Idempotent; in a forked child it does nothing.
+
+        Calls that wait for their turn are cancelled. The one at work may go on for five seconds; then the worker is killed.
+        """
+        self._link.close(_CLOSE_S)
+
+    def __enter__(self) -> ProcessDevice:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "" if self._link.usable else ", gone"
+        return f"<ProcessDevice {self._info.name!r}: process {self.pid}, shared memory, {len(self._bases)} ranges{state}>"
+
+
+def _parts(address: int, size: int) -> list[tuple[int, int]]:
+    """Cut a range into what one request copies."""
+    address, size = index(address), index(size)
+    if size == 0 and 0 <= address < 1 << 64:
+        return []
+    whole = Range(address, size)
+    return [(start, min(_COPY_BYTES, whole.end - start)) for start in range(whole.base, whole.end, _COPY_BYTES)]
