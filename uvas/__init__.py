@@ -32,8 +32,9 @@ from uvas.reservation import Adoption, Reservation
 from uvas.space import AddressSpace, find
 
 if TYPE_CHECKING:
+    from uvas.devices.cfunction import CFunction
     from uvas.devices.process import ProcessDevice
-    from uvas.devices.transport import CFunction, by_value
+    from uvas.devices.transport import by_value
 
 __all__ = [
     "AddressInUseError",
@@ -66,7 +67,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
-    "CFunction": "uvas.devices.transport",
+    "CFunction": "uvas.devices.cfunction",
     "ProcessDevice": "uvas.devices.process",
     "by_value": "uvas.devices.transport",
 }  # what needs multiprocessing and concurrent.futures is imported when it is asked for

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,14 @@ from typing import TYPE_CHECKING, Any
 from uvas._core import fast, ffi, lib
 
 if TYPE_CHECKING:
-    from uvas.reservation import Reservation
+    from uvas.reservation import Adoption, Reservation
 
 Errand = tuple[Callable[[int], int], int, object]
 """A function of the core, the id to call it with, and what must stay alive until it was called. What it answers is nobody's to know."""
+
+
+live: dict[int, weakref.ref[Reservation | Adoption]] = {}
+"""Every live reservation and adoption of the process, by id: `find` gives back the very object."""
 
 
 class _Process:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from uvas._core import ffi, lib
 from uvas.devices.adapter import raise_answer
-from uvas.leases import Errand, Lease, enqueue, generation, start_reaper
+from uvas.leases import Errand, Lease, enqueue, generation, live, start_reaper
 from uvas.protection import protection_bits
 from uvas.ranges import Range
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 _SHARING = {"shared": lib.UVAS_SHARED, "private": lib.UVAS_PRIVATE}
 _ALL = 1 << 64
-
-live: dict[int, weakref.ref[Reservation | Adoption]] = {}
-"""Every live reservation and adoption of the process, by id: `find` gives back the very object."""
 
 
 def as_size(name: str, value: object) -> int:

@@ -15,10 +15,10 @@ from uvas._core import fast, ffi, lib
 from uvas.devices.adapter import Party, raise_answer
 from uvas.devices.base import Device
 from uvas.errors import ReleasedError
-from uvas.leases import Errand, enqueue, generation, start_reaper, work_off
+from uvas.leases import Errand, enqueue, generation, live, start_reaper, work_off
 from uvas.ranges import Range
 from uvas.reports import Finding, FindingKind, Report, SpaceStats
-from uvas.reservation import Adoption, Reservation, as_size, live
+from uvas.reservation import Adoption, Reservation, as_size
 
 _BACKINGS = {"auto": 0, "anonymous": lib.UVAS_BACKING_ANONYMOUS, "memfd": lib.UVAS_BACKING_MEMFD}
 _FINDINGS: dict[int, FindingKind] = {

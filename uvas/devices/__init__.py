@@ -1,7 +1,7 @@
 """Parties that must agree on what an address means. They know nothing of spaces.
 
-`base` says what a device is; `process` is the one that every machine has. Names are imported when they are first asked for:
-starting Python with uvas does not pay for multiprocessing.
+`base` says what a device is; `process` is the one that every machine has. Names are imported when they are first asked
+for: starting Python with uvas does not pay for multiprocessing.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from uvas.devices.base import Backing, Device, DeviceInfo
-    from uvas.devices.transport import by_value
     from uvas.devices.cfunction import CFunction
     from uvas.devices.process import ProcessDevice
+    from uvas.devices.transport import by_value
 
 __all__ = ["Backing", "CFunction", "Device", "DeviceInfo", "ProcessDevice", "by_value"]
 

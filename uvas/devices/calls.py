@@ -1,7 +1,7 @@
 """Functions on their way to a worker: one at work there, the others waiting here, first come first served.
 
-A call is sent when the one before it has answered. So the worker is reading whenever something is sent to it: neither side
-can wait for ever to send while the other one does. And a call that waits can still be cancelled.
+A call is sent when the one before it has answered. So the worker is reading whenever something is sent to it: neither
+side can wait for ever to send while the other one does. And a call that waits can still be cancelled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from uvas.errors import DeviceError
 __all__ = ["Call", "Calls", "WorkerTraceback"]
 
 
-class WorkerTraceback(Exception):  # noqa: N818 - it is no error of its own, only where another one came from
+class WorkerTraceback(Exception):
     """Where in the worker an exception was raised, as text: its ``__cause__`` here."""
 
     def __str__(self) -> str:

@@ -31,8 +31,8 @@ class CFunction:
     It is loaded where it is called. Integers (addresses among them) are passed as 64-bit integers, floats as doubles,
     arrays as the address of their first element. While it runs, the interpreter is free for others.
 
-    A shared library does not say what its functions take: the number and the kinds of the arguments are as trusted as they
-    are in C.
+    A shared library does not say what its functions take: the number and the kinds of the arguments are trusted,
+    as in C.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class CFunction:
         if self.result not in _RESULTS:
             raise ValueError(f"a C function's result is one of {', '.join(_RESULTS)}, not {self.result!r}")
         # Where it is called, the working directory may be another one.
-        object.__setattr__(self, "path", os.path.abspath(path) if "/" in path else path)  # noqa: PTH100 - may be no file
+        object.__setattr__(self, "path", os.path.abspath(path) if "/" in path else path)
 
     def __call__(self, *arguments: object) -> int | float | None:
         """Call it in this process.
@@ -104,6 +104,6 @@ class CFunction:
 
 @cache
 def _load(path: str, symbol: str, result: str) -> Any:
-    function = ctypes.CDLL(path)[symbol]  # an object of its own, unlike the attribute, so its result's type is ours to set
+    function = ctypes.CDLL(path)[symbol]  # unlike the attribute an object of its own, whose result is ours to set
     function.restype = _RESULTS[result]
     return function

@@ -15,8 +15,8 @@ __all__ = ["held_back"]
 def held_back() -> Iterator[None]:
     """Let an interrupt wait until the end of the block, where it raises what it would have raised at once.
 
-    A second interrupt does not wait: the block may be waiting for somebody who never answers. Python runs signal handlers
-    on the main thread only, so on others there is nothing to do.
+    A second interrupt does not wait: the block may be waiting for somebody who never answers. Python runs signal
+    handlers on the main thread only, so on others there is nothing to do.
     """
     if threading.get_ident() != threading.main_thread().ident:
         yield

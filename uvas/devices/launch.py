@@ -1,8 +1,9 @@
 """Starting a worker process, and saying how it ended.
 
-The worker is executed afresh, not forked: it has its own libraries, in a layout of its own, which is what makes its refusals
-real. It is told what `multiprocessing`'s spawn tells a process (`sys.path`, arguments, working directory, where `__main__`
-comes from). Until it has said that it is ready, what it writes to stderr is kept, to be shown if it never does.
+The worker is executed afresh, not forked: it has its own libraries, in a layout of its own, which is what makes its
+refusals real. It is told what `multiprocessing`'s spawn tells a process (`sys.path`, arguments, working directory,
+where `__main__` comes from). Until it has said that it is ready, what it writes to stderr is kept, to be shown if it
+never does.
 """
 
 from __future__ import annotations

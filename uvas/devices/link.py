@@ -240,7 +240,7 @@ def _pidfd(pid: int) -> int | None:
         return None
 
 
-# ---- this process's workers --------------------------------------------------------------------------------------------
+# ---- this process's workers ------------------------------------------------------------------------------------------
 
 _numbers = itertools.count(1)
 _living: set[Link] = set()

@@ -1,4 +1,4 @@
-"""A worker process as a device: it has an address space of its own and can refuse; what is committed is the same pages."""
+"""A worker process as a device: it has an address space of its own and can refuse; what is committed is shared."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from uvas.devices.base import Backing, DeviceInfo
-from uvas.devices.transport import dumps
 from uvas.devices.calls import Call
 from uvas.devices.interrupts import held_back
 from uvas.devices.link import Link
+from uvas.devices.transport import dumps
 from uvas.errors import AddressInUseError, DeviceLostError, NotSupportedError, ReleasedError, UvasError
 from uvas.ranges import Range
 
@@ -32,13 +32,13 @@ _COPY_BYTES = 1 << 20
 class ProcessDevice:
     """A worker process that holds the host's reservations at the same addresses, and calls functions there.
 
-    The worker is a freshly executed process, not a fork: it has its own libraries and its own randomised layout, so that
-    claiming an address in it can fail. It maps what is committed: the same pages at the same addresses.
+    The worker is a freshly executed process, not a fork: it has its own libraries and its own randomised layout, so
+    that claiming an address in it can fail. It maps what is committed: the same pages at the same addresses.
 
-    Functions travel as under `multiprocessing`'s spawn: by their module and name. A script that submits functions of its own
-    must start its work under ``if __name__ == "__main__":``, because the worker imports it. Arrays in shared memory
-    travel by address, without a copy, and so do plain addresses, being integers; `uvas.by_value` copies an array that
-    lies elsewhere; all else goes by pickle.
+    Functions travel as under `multiprocessing`'s spawn: by their module and name. A script that submits functions of
+    its own must start its work under ``if __name__ == "__main__":``, because the worker imports it. Arrays in shared
+    memory travel by address, without a copy, and so do plain addresses, being integers; `uvas.by_value` copies an array
+    that lies elsewhere; all else goes by pickle.
 
     The worker ends with this process, however that ends. In a forked child the device is dead.
 
@@ -62,9 +62,9 @@ class ProcessDevice:
 
     Notes
     -----
-    A worker that ends is noticed at once: whoever waits for it gets DeviceLostError, as does the next call. The host's memory
-    stays as it is. Interrupting this process (Ctrl-C) does not reach the worker. An interrupt waits until a message that
-    is being sent has been sent; a second one does not wait, and costs the device.
+    A worker that ends is noticed at once: whoever waits for it gets DeviceLostError, as does the next call. The host's
+    memory stays as it is. Interrupting this process (Ctrl-C) does not reach the worker. An interrupt waits for the
+    exchange that is under way; a second one does not wait, and costs the device.
     """
 
     def __init__(self, *, name: str | None = None, memory: Literal["shared", "private"] = "shared") -> None:
@@ -164,7 +164,8 @@ class ProcessDevice:
         """
         if backing.descriptor is None or not backing.shared:
             raise NotSupportedError(
-                f"{backing.kind} memory on {self._info.name}", "a worker can map only what is shared and has a descriptor"
+                f"{backing.kind} memory on {self._info.name}",
+                "a worker can map only what is shared and has a descriptor",
             )
         with held_back():
             tag = self._link.send(
@@ -200,8 +201,8 @@ class ProcessDevice:
     def submit(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
         """Let the worker call a function, after those submitted before it.
 
-        The arrays among the arguments are held, and the memory under them leased, until the call is done. A call that waits
-        for its turn can be cancelled; one at work cannot.
+        The arrays among the arguments are held, and the memory under them leased, until the call is done. A call that
+        waits for its turn can be cancelled; one at work cannot.
 
         Parameters
         ----------
@@ -250,7 +251,9 @@ class ProcessDevice:
         return b"".join(self._ask("read", start, size) for start, size in _parts(address, size))
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        """Let the worker write at an address. If part of the range is not accessible there, what precedes it may be written.
+        """Let the worker write at an address.
+
+        If part of the range is not accessible there, what precedes it may have been written.
 
         Raises
         ------
@@ -270,7 +273,8 @@ class ProcessDevice:
     def close(self) -> None:
         """End the worker. Idempotent; in a forked child it does nothing.
 
-        Calls that wait for their turn are cancelled. The one at work may go on for five seconds; then the worker is killed.
+        Calls that wait for their turn are cancelled. The one at work may go on for five seconds; then the worker is
+        killed.
         """
         self._link.close(_CLOSE_S)
 
@@ -284,7 +288,9 @@ class ProcessDevice:
 
     def __repr__(self) -> str:
         state = "" if self._link.usable else ", gone"
-        return f"<ProcessDevice {self._info.name!r}: process {self.pid}, shared memory, {len(self._bases)} ranges{state}>"
+        return (
+            f"<ProcessDevice {self._info.name!r}: process {self.pid}, shared memory, {len(self._bases)} ranges{state}>"
+        )
 
 
 def _parts(address: int, size: int) -> list[tuple[int, int]]:

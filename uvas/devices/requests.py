@@ -1,8 +1,8 @@
 """Requests to a worker process and their answers, over one connection, for any number of threads.
 
-The standard library frames the messages (`multiprocessing.connection`) and carries descriptors (`socket.send_fds`). A
-request is ``(tag, verb, arguments, whether a descriptor follows)``, its answer ``(tag, error or None, value)``; both are
-pickled, and errors travel as themselves.
+The standard library frames the messages (`multiprocessing.connection`) and carries descriptors (`.reduction`). A
+request is ``(tag, verb, arguments, whether a descriptor follows)``, its answer ``(tag, error or None, value)``; both
+are pickled, and errors travel as themselves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import recv_handle
+from multiprocessing.reduction import recv_handle, sendfds
 from typing import Any
 
 __all__ = ["HELLO", "RequestLine", "serve"]
@@ -75,7 +75,7 @@ class RequestLine:
 
     def _send_descriptor(self, descriptor: int) -> None:
         try:
-            socket.send_fds(self._socket, [b"\0"], [descriptor])
+            sendfds(self._socket, [descriptor])
         except BrokenPipeError:
             raise
         except OSError:  # no such descriptor, or too many in flight: the byte alone tells the worker to expect none

@@ -1,8 +1,9 @@
 """What travels between a host and a worker: arrays by address, everything else by pickle.
 
-An array whose bytes lie wholly in committed memory of a range that both sides hold is sent as its address, shape, strides
-and dtype. The other side makes an array over the same address, so nothing is copied and pointers stored in it stay true.
-Any other array is refused: a copy that nobody asked for would part the two sides without a word. `by_value` asks for it.
+An array whose bytes lie wholly in committed memory of a range that both sides hold is sent as its address, shape,
+strides and dtype. The other side makes an array over the same address, so nothing is copied and pointers stored in it
+stay true. Any other array is refused: a copy that nobody asked for would part the two sides without a word; `by_value`
+asks for it.
 
 Both ends use this module: the memory is found through the core's registry, which each process has of its own.
 """
@@ -129,8 +130,8 @@ def dumps(message: object, shared: Container[int], party: str) -> tuple[bytes, l
     Raises
     ------
     TypeError
-        An array in it lies elsewhere, or its elements are references. As `pickle` has it, something else in it cannot be
-        pickled.
+        An array in it lies elsewhere, or its elements are references. Or, as `pickle` has it, something else in it
+        cannot be pickled.
     """
     leases: list[Lease] = []
     file = io.BytesIO()

@@ -1,8 +1,8 @@
 """What runs in a worker process: it claims ranges of its own address space, and calls functions.
 
-Two threads serve two lines. The control line is answered while a function runs: a worker at work can still be asked whether
-an address is free. Functions run on the main thread, one after the other. Ranges are claimed by uvas itself: the worker
-has an address space of its own, without devices, and asks it for the very address that the host wants.
+Two threads serve two lines. The control line is answered while a function runs: a worker at work can still be asked
+whether an address is free. Functions run on the main thread, one after the other. Ranges are claimed by uvas itself:
+the worker has an address space of its own, without devices, and asks it for the very address that the host wants.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from uvas._core import ffi, lib
-from uvas.devices.transport import dumps
 from uvas.devices.requests import HELLO, serve
+from uvas.devices.transport import dumps
 from uvas.errors import DeviceError
-from uvas.space import AddressSpace, Reservation
+from uvas.reservation import Reservation
+from uvas.space import AddressSpace
 
 __all__ = ["main"]
 
 _SWITCH_S = 0.0005
-"""How long a function in pure Python may keep the thread that answers claims waiting; Python's own 5 ms is a long claim."""
+"""How long a function in pure Python keeps the thread that answers claims waiting, at most: Python's 5 ms are long."""
 
 
 def main(control: Connection, setup: dict[str, Any]) -> None:
@@ -84,7 +85,7 @@ class Claims:
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
         self._space = AddressSpace(name=name)
         self._reservations: dict[int, Reservation] = {}
 
@@ -113,9 +114,7 @@ class Claims:
         """Map the pages that the host sees there."""
         reservation = self._holding(base)
         at = base - reservation.base
-        reservation.map_fd(
-            descriptor, offset=at, size=size, fd_offset=offset, protection=protection, sharing="shared"
-        )
+        reservation.map_fd(descriptor, offset=at, size=size, fd_offset=offset, protection=protection, sharing="shared")
 
     def decommit(self, base: int, size: int) -> None:
         """Let go of the pages; the range stays held."""
@@ -130,7 +129,7 @@ class Claims:
     def _holding(self, address: int) -> Reservation:
         found = self._space.find(address)
         if not isinstance(found, Reservation):
-            raise ValueError(f"{self._name} holds nothing at {address:#x}")
+            raise ValueError(f"{self.name} holds nothing at {address:#x}")
         return found
 
     def read(self, address: int, size: int) -> bytes:
@@ -147,8 +146,8 @@ class Claims:
         if code < 0:
             name = errno.errorcode.get(-code, "unknown")
             raise DeviceError(
-                call, code, name, self._name,
-                message=f"{self._name} cannot {call} [{address:#x}, {address + size:#x}): not all of it is accessible "
+                call, code, name, self.name,
+                message=f"{self.name} cannot {call} [{address:#x}, {address + size:#x}): not all of it is accessible "
                 f"there ({name})",
             )  # fmt: skip
 
@@ -183,8 +182,8 @@ class _MainModule:
     def missing(self, name: str) -> AttributeError:
         where = "; ".join(self._source.values()) or "an interactive session, or python -c, which has no file"
         return AttributeError(
-            f"{name!r} of the host's __main__ is not to be found in the worker, which imports __main__ anew (from {where}): "
-            f'define it in a module, or in a script outside of `if __name__ == "__main__":`'
+            f"{name!r} of the host's __main__ is not to be found in the worker, which imports __main__ anew "
+            f'(from {where}): define it in a module, or in a script outside of `if __name__ == "__main__":`'
         )
 
 

@@ -265,6 +265,22 @@ int uvas_attach(uvas_id space_id, const struct uvas_device *device, uvas_id *out
     return rc;
 }
 
+/* Undoes a detach that stopped before `until`. What the device does not take back is poisoned: it would not mean the same there any more. */
+static void bring_back(struct uvas_space *space, const struct uvas_record *until, struct uvas_party *party, const struct uvas_failure *said) {
+    struct uvas_record *next;
+    for (struct uvas_record *undo = space->records; undo != until; undo = next) {
+        bool poisoned = false;
+        next = undo->next;
+        int rc = undo->kind == UVAS_RESERVATION ? uvas_party_bring(undo, party, &poisoned) : 0;
+        *uvas_fail(said->kind, said->code) = *said;
+        if (rc < 0 || poisoned) {
+            uvas_registry_lock();
+            uvas_record_poison_live(undo);
+            uvas_registry_unlock();
+        }
+    }
+}
+
 static int leave_all(struct uvas_space *space, struct uvas_party *party) {
     bool poisoned = false;
     if (party->device.placement == UVAS_OWNS && space->records) {
@@ -275,10 +291,7 @@ static int leave_all(struct uvas_space *space, struct uvas_party *party) {
         int rc = record->kind == UVAS_RESERVATION ? uvas_party_leave(record, party, &poisoned) : 0;
         if (rc < 0) {
             struct uvas_failure said = *uvas_last_failure();
-            for (struct uvas_record *undo = space->records; undo != record; undo = undo->next) {
-                (void)(undo->kind == UVAS_RESERVATION ? uvas_party_bring(undo, party, &poisoned) : 0);
-            }
-            *uvas_fail(said.kind, said.code) = said;
+            bring_back(space, record, party, &said);
             return rc;
         }
     }
