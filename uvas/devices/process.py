@@ -226,9 +226,9 @@ class ProcessDevice:
             As of `claim`.
         """
         self._link.check("submit")
-        message, leases = dumps((function, args, kwargs), self._bases, self._info.name)
+        message, held = dumps((function, args, kwargs), self._bases, self._info.name)
         name = getattr(function, "__qualname__", None) or repr(function)
-        call = Call(name, message, (self, args, kwargs, leases))
+        call = Call(name, message, (self, args, kwargs, held))
         self._link.submit(call)
         return call.future
 

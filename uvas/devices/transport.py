@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from uvas._core import fast, ffi, lib
-from uvas.errors import failure
+from uvas._core import fast
+from uvas.leases import live
 
-__all__ = ["ByValue", "Lease", "by_value", "dumps"]
+__all__ = ["ByValue", "by_value", "dumps"]
 
 _Array = TypeVar("_Array", bound="np.ndarray[Any, Any]")
 
@@ -43,7 +43,7 @@ def by_value(array: _Array) -> ByValue[_Array]:
     Parameters
     ----------
     array
-        Any array, wherever it lies.
+        Any array, wherever it lies. One of a subclass arrives as a plain array too.
 
     Returns
     -------
@@ -54,7 +54,8 @@ def by_value(array: _Array) -> ByValue[_Array]:
     Raises
     ------
     TypeError
-        It is no NumPy array: everything else is copied anyway.
+        It is no NumPy array: everything else is copied anyway. Or it is one of those with more than its elements (a
+        masked array, say), which would be lost.
 
     Examples
     --------
@@ -63,54 +64,33 @@ def by_value(array: _Array) -> ByValue[_Array]:
     """
     if not isinstance(array, np.ndarray):
         raise TypeError(f"by_value is for NumPy arrays; {type(array).__name__} travels by value anyway")
+    if type(array).__reduce__ is not np.ndarray.__reduce__:
+        raise TypeError(f"a {type(array).__name__} has more than its elements, which would be lost: send its parts")
     return ByValue(array)
 
 
-class Lease:
-    """Keeps committed memory from being released as long as it lives: the base of an array over it.
-
-    Parameters
-    ----------
-    address, size
-        Bytes that lie in one reservation, all of them committed.
+def _memory(address: int, size: int) -> np.ndarray[Any, Any]:
+    """Return bytes of a reservation as an array, which keeps them from being released.
 
     Raises
     ------
     ValueError
-        They do not.
+        They do not lie in one reservation, or not all of them are committed and readable.
     ReleasedError
-        The reservation is being released.
+        The reservation is being released, or was left by ``with``.
     """
-
-    __slots__ = ("__array_interface__", "__weakref__", "_id")
-
-    def __init__(self, address: int, size: int) -> None:
-        self._id = ffi.new("uvas_id *")
-        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (address, False)}
-        found = _find(address)
-        if found is None:
-            raise ValueError(f"[{address:#x}, {address + size:#x}) lies in no reservation")
-        code = lib.uvas_lease(found.id, address - found.base, size, self._id)
-        if code < 0:
-            raise failure(code)
-
-    def __del__(self, _unlease: Callable[[int], int] = fast.unlease) -> None:
-        if self._id[0]:
-            _unlease(self._id[0])
-
-
-def _find(address: int) -> Any:
-    """Return the core's word on the reservation that holds an address, None if there is none."""
-    found = ffi.new("struct uvas_found *")
-    if lib.uvas_find(address, found) < 0 or found.kind != lib.UVAS_RESERVATION:
-        return None
-    return found
+    held = fast.lookup(address, live)
+    over = getattr(held, "numpy", None)  # an adoption has none
+    if held is None or over is None:
+        raise ValueError(f"[{address:#x}, {address + size:#x}) lies in no reservation")
+    memory: np.ndarray[Any, Any] = over("u1", size, offset=address - held.base)
+    return memory
 
 
 # ---- sending ---------------------------------------------------------------------------------------------------------
 
 
-def dumps(message: object, shared: Container[int], party: str) -> tuple[bytes, list[Lease]]:
+def dumps(message: object, shared: Container[int], party: str) -> tuple[bytes, list[object]]:
     """Pickle a message whose arrays travel by address.
 
     Parameters
@@ -124,7 +104,7 @@ def dumps(message: object, shared: Container[int], party: str) -> tuple[bytes, l
 
     Returns
     -------
-    bytes, list of Lease
+    bytes, list
         The message, and what keeps the memory of its arrays while it is on its way.
 
     Raises
@@ -133,54 +113,52 @@ def dumps(message: object, shared: Container[int], party: str) -> tuple[bytes, l
         An array in it lies elsewhere, or its elements are references. Or, as `pickle` has it, something else in it
         cannot be pickled.
     """
-    leases: list[Lease] = []
+    held: list[object] = []
     file = io.BytesIO()
-    _Pickler(file, shared, party, leases).dump(message)
-    return file.getvalue(), leases
+    _Pickler(file, shared, party, held).dump(message)
+    return file.getvalue(), held
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, shared: Container[int], party: str, leases: list[Lease]) -> None:
+    def __init__(self, file: io.BytesIO, shared: Container[int], party: str, held: list[object]) -> None:
         super().__init__(file, protocol=5)
         self._shared = shared
         self._party = party
-        self._leases = leases
+        self._held = held
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
         if kind is np.ndarray:
             return self._reduce(obj)
         if kind is ByValue:
-            return obj.array.__reduce_ex__(5)
+            return np.asarray(obj.array).__reduce_ex__(5)
         if isinstance(obj, np.ndarray):
             raise TypeError(
-                f"{_described(obj)} is a {kind.__module__}.{kind.__qualname__}, which is not sent to {self._party} by "
-                f"address: send array.view(numpy.ndarray), or wrap it in uvas.by_value to copy it"
+                f"{_described(obj)} is a {kind.__module__}.{kind.__qualname__}, which does not travel by address: "
+                f"send array.view(numpy.ndarray), or wrap it in uvas.by_value to copy it"
             )
         return NotImplemented
 
     def _reduce(self, array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-        if array.dtype.hasobject:
-            raise TypeError(f"{_described(array)} holds references, which mean nothing to {self._party}")
+        if array.dtype.hasobject or array.dtype.kind == "T":
+            raise TypeError(f"{_described(array)} holds references, which mean nothing in another process")
         low, size = _extent(array)
         if size == 0:  # no bytes to share
             return np.ndarray, (array.shape, array.dtype)
-        self._leases.append(self._lease(array, low, size))
+        self._held.append(self._shared_memory(array, low, size))
         offset = _address(array) - low
         return _rebuild, (low, size, offset, array.shape, array.strides, array.dtype, array.flags.writeable)
 
-    def _lease(self, array: np.ndarray[Any, Any], low: int, size: int) -> Lease:
-        found = _find(low)
-        if found is not None and found.base in self._shared:
+    def _shared_memory(self, array: np.ndarray[Any, Any], low: int, size: int) -> np.ndarray[Any, Any]:
+        held = fast.lookup(low, live)
+        why = f"does not lie in memory that {self._party} shares"
+        if held is not None and held.base in self._shared:
             try:
-                return Lease(low, size)
+                return _memory(low, size)
             except ValueError as error:
-                why = str(error)
-        else:
-            why = f"it does not lie in memory that {self._party} shares"
+                why = f"does not lie in committed memory: {error}"
         raise TypeError(
-            f"{_described(array)} cannot be sent to or from {self._party}: {why}; "
-            f"allocate it with reservation.numpy, or wrap it in uvas.by_value to copy it"
+            f"{_described(array)} {why}; allocate it with reservation.numpy, or wrap it in uvas.by_value to copy it"
         )
 
 
@@ -216,7 +194,7 @@ def _rebuild(
     writeable: bool,
 ) -> np.ndarray[Any, Any]:
     """Make an array over this process's side of shared memory; it holds a lease there."""
-    memory = np.asarray(Lease(low, size))
-    array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, buffer=memory, offset=offset, strides=strides)
-    array.flags.writeable = writeable
+    array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, buffer=_memory(low, size), offset=offset, strides=strides)
+    if not writeable:
+        array.flags.writeable = False
     return array

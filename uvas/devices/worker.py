@@ -227,9 +227,7 @@ def _called(message: bytes, claims: Claims, main_module: _MainModule) -> bytes:
     try:
         return dumps(("value", result), claims.bases, claims.name)[0]
     except Exception as error:
-        refusal = TypeError(f"the result of {name} cannot be sent back: {error}")
-        refusal.__cause__ = error
-        return _failed(refusal, claims)
+        return _failed(TypeError(f"the result of {name} cannot be sent back: {error}"), claims)
 
 
 def _failed(error: BaseException, claims: Claims) -> bytes:

@@ -1,0 +1,35 @@
+"""What many tests ask for."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+
+import pytest
+import uvas
+from machine import mappings
+
+
+def pytest_report_header() -> str:
+    """Say what is not run by default."""
+    return f"uvas {uvas.__version__}; UVAS_FULL={os.environ.get('UVAS_FULL', '0')}; every test's chance has a fixed seed"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what takes minutes, unless asked for."""
+    if os.environ.get("UVAS_FULL") != "1":
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: set UVAS_FULL=1"))
+
+
+@pytest.fixture
+def space() -> Iterator[uvas.AddressSpace]:
+    """A space; afterwards its invariants hold and the maps name nothing of it any more."""
+    with uvas.AddressSpace(name="test") as one:
+        yield one
+        one.check()
+        assert one.audit().findings == ()
+    gc.collect()
+    assert [mapping for mapping in mappings() if mapping.name == "/memfd:uvas:test (deleted)"] == []

@@ -1,0 +1,56 @@
+"""What holds after every test of devices: nothing is left."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import machine
+import pytest
+
+import uvas
+
+
+def children() -> set[int]:
+    """The process ids of this process's children, zombies too."""
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """No process, no descriptor, no range of addresses."""
+    gc.collect()
+    before = machine.descriptors(), children()
+    assert uvas.AddressSpace.__name__  # the library is loaded before anything is counted
+    yield
+    gc.collect()
+    assert (machine.descriptors(), children()) == before
+
+
+@pytest.fixture
+def device() -> Iterator[uvas.ProcessDevice]:
+    """A worker."""
+    with uvas.ProcessDevice(name="gpu0") as one:
+        yield one
+
+
+@pytest.fixture
+def space(device: uvas.ProcessDevice) -> Iterator[uvas.AddressSpace]:
+    """A space with that worker, which leaves the maps as they were."""
+    with uvas.AddressSpace([device], name="tested") as one:
+        yield one
+        one.check()
+    assert not [mapping for mapping in machine.mappings() if "uvas:tested" in mapping.name]
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> str:
+    """A named pipe: opening it waits for the other side."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    return str(path)

@@ -1,0 +1,315 @@
+"""One contract for every device, asked through spaces and directly."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import machine
+import on_device
+import pytest
+from devices_in_tests import TableDevice
+
+import uvas
+
+PAGE = machine.PAGE
+MIB = machine.MIB
+
+
+class Party(Protocol):
+    """A device, and what the tests must know of it to judge."""
+
+    device: uvas.Device
+
+    def holds(self, range: uvas.Range) -> bool:
+        """Whether the range, all of it, is held there and nothing is committed in it."""
+
+    def committed(self, range: uvas.Range) -> str | None:
+        """What may be done with the range, all of it; None: it is not committed."""
+
+    def occupy(self, range: uvas.Range) -> bool:
+        """Something of the device's own takes the range. False: something is there already."""
+
+    def intact(self, range: uvas.Range) -> bool:
+        """Whether that is as it was."""
+
+
+class Table:
+    """A plain Python device."""
+
+    def __init__(self, name: str) -> None:
+        self.device = TableDevice(name)
+
+    def holds(self, range: uvas.Range) -> bool:
+        claimed = any(base <= range.base and range.end <= base + size for base, size in self.device.claims.items())
+        return claimed and self.committed(range) is None
+
+    def committed(self, range: uvas.Range) -> str | None:
+        found = {self.device.committed.get(page, "").partition(" ")[0] for page in self.device._pages(range)}
+        return (found.pop() or None) if len(found) == 1 else None
+
+    def occupy(self, range: uvas.Range) -> bool:
+        if any(uvas.Range(base, size).overlaps(range) for base, size in self.device.claims.items()):
+            return False
+        self.device.taken += (range,)
+        return True
+
+    def intact(self, range: uvas.Range) -> bool:
+        return range in self.device.taken
+
+
+class Process:
+    """A worker process."""
+
+    def __init__(self, name: str) -> None:
+        self.device = uvas.ProcessDevice(name=name)
+        self._name = name
+
+    def _mappings(self, range: uvas.Range) -> list[tuple[str, str]]:
+        """Permissions and names of what lies there; all of the range, or none of it."""
+        found, covered = [], 0
+        for line in Path(f"/proc/{self.device.pid}/maps").read_text().splitlines():
+            fields = line.split(maxsplit=5)
+            start, end = (int(part, 16) for part in fields[0].split("-"))
+            common = min(end, range.end) - max(start, range.base)
+            if common > 0:
+                covered += common
+                found.append((fields[1], fields[5] if len(fields) > 5 else ""))
+        return found if covered == range.size else []
+
+    def holds(self, range: uvas.Range) -> bool:
+        found = self._mappings(range)
+        tag = f"/memfd:uvas:{self._name} "
+        return bool(found) and all(mode == "---p" and name.startswith(tag) for mode, name in found)
+
+    def committed(self, range: uvas.Range) -> str | None:
+        found = {mode for mode, name in self._mappings(range) if not name.startswith(f"/memfd:uvas:{self._name} ")}
+        return found.pop()[:3].replace("-", "") or "none" if len(found) == 1 else None
+
+    def occupy(self, range: uvas.Range) -> bool:
+        return self.device.run(on_device.plant, range.base, range.size)
+
+    def intact(self, range: uvas.Range) -> bool:
+        return self.device.run(on_device.planted_is_intact, range.base, range.size)
+
+
+PARTIES = {"table": Table, "process": Process}
+
+
+@pytest.fixture(params=list(PARTIES))
+def make(request) -> Iterator[type[Party]]:
+    """Make a device of each kind; closed in the end."""
+    made = []
+
+    def one(name: str) -> Party:
+        made.append(PARTIES[request.param](name))
+        return made[-1]
+
+    yield one
+    for party in made:
+        party.device.close()
+
+
+@pytest.fixture
+def party(make) -> Party:
+    return make("the device")
+
+
+def free_range(size: int) -> uvas.Range:
+    """A range that is free on the host, and most likely in a worker."""
+    with uvas.AddressSpace() as space, space.reserve(size) as held:
+        return held.range
+
+
+# ---- through a space -------------------------------------------------------------------------------------------------
+
+
+def test_info_says_who_it_is(party):
+    info = party.device.info
+    assert info.name == "the device"
+    assert info.placement in ("follows", "claims", "registers", "owns")
+    assert info.backings <= {"anonymous", "memfd", "descriptor", "driver"}
+    assert party.device.info == info
+
+
+def test_a_reservation_is_held_there_and_given_back(party):
+    with uvas.AddressSpace([party.device]) as space:
+        with space.reserve(3 * PAGE) as held:
+            assert party.holds(held.range)
+        assert not party.holds(held.range)
+
+
+def test_what_is_committed_is_committed_there(party):
+    with uvas.AddressSpace([party.device], backing="memfd") as space, space.reserve(8 * PAGE) as held:
+        held.commit(PAGE, 4 * PAGE)
+        part = uvas.Range(held.base + PAGE, 4 * PAGE)
+        assert party.committed(part) == "rw"
+        assert party.holds(uvas.Range(held.base, PAGE))
+        assert party.holds(uvas.Range(part.end, 3 * PAGE))
+        held.protect(2 * PAGE, PAGE, "r")
+        assert party.committed(uvas.Range(held.base + 2 * PAGE, PAGE)) == "r"
+        held.protect(2 * PAGE, PAGE, "none")
+        assert party.committed(uvas.Range(held.base + 2 * PAGE, PAGE)) == "none"
+        held.commit(0, 8 * PAGE)
+        assert party.committed(held.range) == "rw"
+        held.decommit()
+        assert party.holds(held.range)
+
+
+def test_descriptors_are_mapped_there(party, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(PAGE) + b"second page" + bytes(2 * PAGE))
+    with uvas.AddressSpace([party.device]) as space, space.reserve(4 * PAGE) as held, path.open("r+b") as file:
+        held.map_fd(file.fileno(), offset=PAGE, size=PAGE, fd_offset=PAGE)
+        assert party.committed(uvas.Range(held.base + PAGE, PAGE)) == "rw"
+        assert party.holds(uvas.Range(held.base, PAGE))
+        if isinstance(party, Process):
+            assert party.device.read(held.base + PAGE, 11) == b"second page"
+            party.device.write(held.base + PAGE, b"SECOND")
+            assert path.read_bytes()[PAGE : PAGE + 11] == b"SECOND page"
+
+
+def test_where_it_says_taken_the_range_is_elsewhere_on_both_sides(party):
+    wanted = free_range(16 * PAGE)
+    assert party.occupy(wanted)
+    window = uvas.Range(wanted.base - 64 * PAGE, 256 * PAGE)
+    with uvas.AddressSpace([party.device], window=window) as space:
+        for _ in range(5):
+            with space.reserve(16 * PAGE) as held:
+                assert not held.range.overlaps(wanted)
+                assert party.holds(held.range)
+        with pytest.raises(uvas.AddressInUseError) as caught:
+            space.reserve(16 * PAGE, at=wanted.base)
+        assert caught.value.owner.startswith("the device: ")
+        assert caught.value.wanted == wanted
+        assert caught.value.obstacle.overlaps(wanted)
+        assert not machine.mappings(wanted.base, wanted.end)  # the host's part was given back
+        assert space.stats().conflicts > 0
+        space.check()
+    assert party.intact(wanted)
+
+
+def test_all_parties_agree_or_nobody_holds(make):
+    parties = [make(f"device {i}") for i in range(3)]
+    wanted = free_range(PAGE)
+    assert parties[2].occupy(wanted)
+    with uvas.AddressSpace([one.device for one in parties]) as space:
+        with pytest.raises(uvas.AddressInUseError, match="device 2"):
+            space.reserve(PAGE, at=wanted.base)
+        assert not any(one.holds(wanted) for one in parties)
+        with space.reserve(PAGE) as held:
+            assert all(one.holds(held.range) for one in parties)
+
+
+def test_a_device_that_comes_later_gets_what_is_there(party, make):
+    later = make("latecomer")
+    with (
+        uvas.AddressSpace([party.device], backing="memfd") as space,
+        space.reserve(4 * PAGE) as first,
+        space.reserve(4 * PAGE) as second,
+    ):
+        first.commit(0, 2 * PAGE)
+        second.commit(PAGE, PAGE, protection="r")
+        space.attach(later.device)
+        assert later.committed(uvas.Range(first.base, 2 * PAGE)) == "rw"
+        assert later.holds(uvas.Range(first.base + 2 * PAGE, 2 * PAGE))
+        assert later.committed(uvas.Range(second.base + PAGE, PAGE)) == "r"
+        space.detach(later.device)
+        for held in (first, second):
+            assert not later.holds(held.range)
+            assert later.committed(held.range) is None
+        assert party.committed(uvas.Range(first.base, 2 * PAGE)) == "rw"
+
+
+def test_a_device_that_comes_later_and_refuses_gets_nothing(make):
+    later = make("latecomer")
+    with uvas.AddressSpace(backing="memfd") as space:
+        ranges = [space.reserve(PAGE) for _ in range(5)]
+        for held in ranges:
+            held.commit()
+        assert later.occupy(ranges[2].range)
+        with pytest.raises(uvas.AddressInUseError, match="latecomer"):
+            space.attach(later.device)
+        assert space.devices == ()
+        assert all(later.committed(held.range) is None for i, held in enumerate(ranges) if i != 2)
+        assert later.intact(ranges[2].range)
+        for held in ranges:
+            held.release()
+
+
+def test_many_threads_reserve_at_once(make):
+    devices = [make(f"device {i}") for i in range(2)]
+    failures: list[BaseException] = []
+
+    def work(space: uvas.AddressSpace) -> None:
+        try:
+            for _ in range(30):
+                with space.reserve(2 * PAGE) as held:
+                    held.commit(PAGE, PAGE)
+                    assert all(one.committed(uvas.Range(held.base + PAGE, PAGE)) == "rw" for one in devices)
+                    held.decommit()
+                    assert all(one.holds(held.range) for one in devices)
+        except BaseException as error:
+            failures.append(error)
+
+    with uvas.AddressSpace([one.device for one in devices], backing="memfd") as space:
+        threads = [threading.Thread(target=work, args=(space,)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        assert space.ranges() == []
+        space.check()
+
+
+def test_two_spaces_share_a_device(party):
+    with uvas.AddressSpace([party.device], name="one") as one, uvas.AddressSpace([party.device], name="two") as two:
+        with one.reserve(PAGE) as first, two.reserve(PAGE) as second:
+            assert party.holds(first.range)
+            assert party.holds(second.range)
+        assert not party.holds(first.range)
+        assert not party.holds(second.range)
+
+
+# ---- asked directly --------------------------------------------------------------------------------------------------
+
+
+def test_claims_of_disjoint_ranges_in_any_order(party):
+    whole = free_range(3 * PAGE)
+    parts = [uvas.Range(whole.base + i * PAGE, PAGE) for i in range(3)]
+    for i in (2, 0, 1):
+        party.device.claim(parts[i])
+    assert all(party.holds(part) for part in parts)
+    for i in (1, 2, 0):
+        party.device.unclaim(parts[i])
+        assert not party.holds(parts[i])
+
+
+def test_a_refused_claim_changes_nothing(party):
+    wanted = free_range(4 * PAGE)
+    taken = uvas.Range(wanted.base + 2 * PAGE, PAGE)
+    assert party.occupy(taken)
+    with pytest.raises(uvas.AddressInUseError) as caught:
+        party.device.claim(wanted)
+    assert caught.value.obstacle is None or caught.value.obstacle.overlaps(taken)
+    assert party.intact(taken)
+    free = uvas.Range(wanted.base, 2 * PAGE)
+    party.device.claim(free)
+    assert party.holds(free)
+    party.device.unclaim(free)
+
+
+def test_unclaim_gives_back_what_is_committed_too(party):
+    with uvas.AddressSpace([party.device], backing="memfd") as space, space.reserve(2 * PAGE) as held:
+        held.commit()
+        space.detach(party.device)
+        assert party.committed(held.range) is None
+        assert party.occupy(held.range)  # it is free there
+
+
+def test_close_is_idempotent(party):
+    party.device.close()
+    party.device.close()

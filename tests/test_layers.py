@@ -1,0 +1,145 @@
+"""The structure of the house: imports go down, one function replaces mappings, every public name is documented."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import uvas
+
+PACKAGE = Path(uvas.__file__).parent
+SOURCES = PACKAGE / "_core" / "src"
+
+LAYERS = [  # from the ground up; a module imports from its own layer's left or from below
+    {"uvas._core"},
+    {"uvas.ranges"},
+    {"uvas.errors", "uvas.protection"},
+    {"uvas.devices.base"},
+    {"uvas.devices"},
+    {"uvas.leases", "uvas.reports"},
+    {"uvas.reservation"},
+    {"uvas.space"},
+    {"uvas"},
+    {"uvas.report", "uvas.demo"},
+    {"uvas.cli"},
+    {"uvas.__main__"},
+]
+WORKER = "uvas.devices.worker"  # the program that runs in the worker process: a user of the whole library
+
+
+def layer_of(module: str) -> int:
+    """The height of the longest prefix that has one."""
+    heights = {name: height for height, names in enumerate(LAYERS) for name in names}
+    while module not in heights:
+        module = module.rpartition(".")[0]
+    return heights[module]
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = ("uvas", *path.relative_to(PACKAGE).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(path: Path) -> set[str]:
+    """What a module imports of the package, imports for type checking apart."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        node
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.dump(branch.test)
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = modules()
+            found |= {
+                f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in names else node.module
+                for alias in node.names
+            }
+    return {name for name in found if name == "uvas" or name.startswith("uvas.")}
+
+
+@pytest.mark.parametrize("module", sorted(set(modules()) - {WORKER}))
+def test_imports_go_down(module: str) -> None:
+    for imported in imports_of(modules()[module]):
+        assert layer_of(imported) <= layer_of(module), f"{module} imports {imported} from above"
+
+
+def test_devices_know_nothing_of_spaces() -> None:
+    for module, path in modules().items():
+        if module.startswith("uvas.devices") and module != WORKER:
+            assert not imports_of(path) & {"uvas", "uvas.space", "uvas.reservation"}, module
+
+
+def without_comments(source: str) -> str:
+    """C or Python source without comments and strings."""
+    source = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
+    return re.sub(r'"(\\.|[^"\\])*"', '""', source)
+
+
+def test_the_destructive_flag_occurs_in_one_function_of_one_file() -> None:
+    found = []
+    for path in SOURCES.glob("*.[ch]"):
+        function = ""
+        for line in without_comments(path.read_text()).splitlines():
+            if re.match(r"^[a-z].*\(.*\{$", line):
+                function = line.split("(")[0].split()[-1].lstrip("*")
+            if re.search(r"\bMAP_FIXED\b", line):
+                found.append((path.name, function))
+    assert found == [("vm.c", "uvas_vm_overlay")]
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "clobber.py":  # the program that shows the harm
+            assert not re.search(r"\bMAP_FIXED\b", re.sub(r'"""..*?"""', "", path.read_text(), flags=re.DOTALL)), path
+
+
+def test_system_calls_are_made_in_one_file() -> None:
+    calls = re.compile(r"\b(syscall|mmap|munmap|mprotect|madvise|ioctl|open|openat|read|write|close|memfd_create|ftruncate)\s*\(")
+    for path in SOURCES.glob("*.c"):
+        if path.name != "vm.c":
+            assert not calls.search(without_comments(path.read_text())), path.name
+
+
+def test_the_replacing_call_is_made_where_a_range_is_pinned() -> None:
+    users = {path.name for path in SOURCES.glob("*.c") if "uvas_vm_overlay(" in without_comments(path.read_text())}
+    assert users == {"vm.c", "commit.c", "audit.c"}
+
+
+@pytest.mark.parametrize("name", uvas.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    thing = getattr(uvas, name)
+    assert inspect.getdoc(thing), name
+    if inspect.isclass(thing) and thing.__module__.startswith("uvas"):
+        for member, value in vars(thing).items():
+            if not member.startswith("_") and callable(value):
+                assert inspect.getdoc(getattr(thing, member)), f"{name}.{member}"
+
+
+def test_the_c_header_stands_alone_and_every_function_is_exported() -> None:
+    header = (PACKAGE / "_core" / "include" / "uvas.h").read_text()
+    declared = set(re.findall(r"UVAS_API [^;]*?\b(uvas_\w+)\(", header))
+    listed = subprocess.run(["nm", "-D", "--defined-only", uvas.get_library()], capture_output=True, text=True, check=True)
+    exported = {line.split()[-1] for line in listed.stdout.splitlines()}
+    assert declared <= exported
+    assert {name for name in exported if name.startswith("uvas_")} - declared == {"uvas_copy_in_use"}
+
+
+def test_importing_is_quick_and_needs_nothing_but_numpy() -> None:
+    program = "import numpy, sys; before = set(sys.modules); import uvas; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    for heavy in ("rich", "multiprocessing", "concurrent.futures", "cupy", "cffi", "pycparser", "argparse"):
+        assert heavy not in loaded
