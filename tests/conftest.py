@@ -7,13 +7,16 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import uvas
 from machine import mappings
+
+import uvas
 
 
 def pytest_report_header() -> str:
     """Say what is not run by default."""
-    return f"uvas {uvas.__version__}; UVAS_FULL={os.environ.get('UVAS_FULL', '0')}; every test's chance has a fixed seed"
+    return (
+        f"uvas {uvas.__version__}; UVAS_FULL={os.environ.get('UVAS_FULL', '0')}; every test's chance has a fixed seed"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,10 @@ from builtins import range as pages_from  # the contract's parameter is called r
 import uvas
 
 
+class BrokenOnPurpose(Exception):
+    """What a device raises when it is told to."""
+
+
 class Counter:
     """Counts the calls to some devices and breaks the k-th, once or from then on."""
 
@@ -30,7 +34,7 @@ class Counter:
         with self._lock:
             self.made += 1
             if self._k and (self.made == self._k or (self._lasting and self.made > self._k)):
-                raise RuntimeError(f"{what} is broken on purpose")
+                raise BrokenOnPurpose(what)
 
 
 class TableDevice:
@@ -85,7 +89,9 @@ class TableDevice:
         assert (backing.descriptor is None) == (backing.kind == "anonymous")
         self.counter.count("commit")
         for i, page in enumerate(pages):
-            self.committed[page] = f"{protection} {backing.kind} {backing.offset + 4096 * i if backing.descriptor is not None else 0}"
+            self.committed[page] = (
+                f"{protection} {backing.kind} {backing.offset + 4096 * i if backing.descriptor is not None else 0}"
+            )
 
     def decommit(self, range: uvas.Range) -> None:
         self._inside_a_claim(range)
@@ -106,4 +112,3 @@ class TableDevice:
     def close(self) -> None:
         self.claims.clear()
         self.committed.clear()
-

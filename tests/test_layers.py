@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import uvas
 
 PACKAGE = Path(uvas.__file__).parent
@@ -18,10 +19,10 @@ SOURCES = PACKAGE / "_core" / "src"
 LAYERS = [  # from the ground up; a module imports from its own layer's left or from below
     {"uvas._core"},
     {"uvas.ranges"},
-    {"uvas.errors", "uvas.protection"},
+    {"uvas.errors", "uvas.protection", "uvas.leases"},
     {"uvas.devices.base"},
     {"uvas.devices"},
-    {"uvas.leases", "uvas.reports"},
+    {"uvas.reports"},
     {"uvas.reservation"},
     {"uvas.space"},
     {"uvas"},
@@ -107,7 +108,9 @@ def test_the_destructive_flag_occurs_in_one_function_of_one_file() -> None:
 
 
 def test_system_calls_are_made_in_one_file() -> None:
-    calls = re.compile(r"\b(syscall|mmap|munmap|mprotect|madvise|ioctl|open|openat|read|write|close|memfd_create|ftruncate)\s*\(")
+    calls = re.compile(
+        r"\b(syscall|mmap|munmap|mprotect|madvise|ioctl|open|openat|read|write|close|memfd_create|ftruncate)\s*\("
+    )
     for path in SOURCES.glob("*.c"):
         if path.name != "vm.c":
             assert not calls.search(without_comments(path.read_text())), path.name
@@ -131,7 +134,9 @@ def test_every_public_name_is_documented(name: str) -> None:
 def test_the_c_header_stands_alone_and_every_function_is_exported() -> None:
     header = (PACKAGE / "_core" / "include" / "uvas.h").read_text()
     declared = set(re.findall(r"UVAS_API [^;]*?\b(uvas_\w+)\(", header))
-    listed = subprocess.run(["nm", "-D", "--defined-only", uvas.get_library()], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["nm", "-D", "--defined-only", uvas.get_library()], capture_output=True, text=True, check=True
+    )
     exported = {line.split()[-1] for line in listed.stdout.splitlines()}
     assert declared <= exported
     assert {name for name in exported if name.startswith("uvas_")} - declared == {"uvas_copy_in_use"}

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parser = argparse.ArgumentParser(prog="uvas", description="One address on the host and on every device, nobody's memory replaced.")
+    parser = argparse.ArgumentParser(
+        prog="uvas", description="One address on the host and on every device, nobody's memory replaced."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
         "demo",

@@ -1,8 +1,9 @@
 """Who uses the memory of a reservation, and what happens when nobody does any more.
 
-An array over a reservation has a `Lease` as its base, so the lease lives as long as any view of the array. Finalizers take no lock and make no system
-call: they end the lease in C, lock-free, and put what is to be done on a queue. The queue is worked off by a thread (`start_reaper`, once somebody left
-a ``with`` block under a live array) and by every verb that passes (`work_off`).
+An array over a reservation has a `Lease` as its base, so the lease lives as long as any view of the array. Finalizers
+take no lock and make no system call: they end the lease in C, lock-free, and put what is to be done on a queue. The
+queue is worked off by a thread (`start_reaper`, once somebody left a ``with`` block under a live array) and by every
+verb that passes (`work_off`).
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _reap(errands: SimpleQueue[Errand]) -> None:
 
 
 def _begin_anew() -> None:
-    global _process  # noqa: PLW0603 - the fork made it another process
+    global _process
     _process = _Process()
 
 
@@ -110,7 +111,9 @@ class Lease:
     __slots__ = ("__weakref__", "_cell", "_generation", "address", "holder", "readonly", "reservation", "size")
 
     def __init__(self, reservation: Reservation, offset: int, size: int, *, readonly: bool, holder: str) -> None:
-        self._cell = ffi.new("uvas_id *")  # C writes the handle here: no signal can come between its making and its keeping
+        self._cell = ffi.new(
+            "uvas_id *"
+        )  # C writes the handle here: no signal can come between its making and its keeping
         self._generation = generation()
         self.reservation = reservation
         self.address = reservation.base + offset

@@ -18,7 +18,8 @@ Kind = Literal["ours", "foreign"]
 
 _STYLES: dict[str, str] = {"ours": "green", "foreign": "red", "free": "bright_black"}
 _CELLS = {"ours": "█", "foreign": "▒", "free": "·"}
-_BAR_WIDTH = 96
+_WIDEST_BAR = 96
+_FRAME = 4  # columns that the panel takes
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -46,7 +47,7 @@ def format_size(size: int) -> str:
 
 
 def foreign_holdings(window: Range, ours: Sequence[Range]) -> list[Holding]:
-    """Mappings of this process inside `window` that lie in none of `ours`; O(mappings x ours)."""
+    """List the mappings of this process inside `window` that lie in none of `ours`; O(mappings x ours)."""
     found: list[Holding] = []
     for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
         fields = line.split(maxsplit=5)
@@ -57,12 +58,12 @@ def foreign_holdings(window: Range, ours: Sequence[Range]) -> list[Holding]:
     return found
 
 
-def bar(window: Range, holdings: Iterable[Holding]) -> Text:
-    """Draw `window` as one line of cells; a cell shows uvas where uvas holds any of it, else a stranger, else nothing."""
-    cells = ["free"] * _BAR_WIDTH
+def bar(window: Range, holdings: Iterable[Holding], width: int) -> Text:
+    """Draw `window` as `width` cells; a cell shows uvas where uvas holds any of it, else a stranger, else nothing."""
+    cells = ["free"] * width
     for holding in sorted(holdings, key=lambda one: one.kind == "ours"):
-        first = max(0, holding.range.base - window.base) * _BAR_WIDTH // window.size
-        last = (min(holding.range.end, window.end) - window.base - 1) * _BAR_WIDTH // window.size
+        first = max(0, holding.range.base - window.base) * width // window.size
+        last = (min(holding.range.end, window.end) - window.base - 1) * width // window.size
         for cell in range(first, last + 1):
             cells[cell] = holding.kind
     text = Text()
@@ -85,7 +86,8 @@ def draw_map(console: Console, window: Range, holdings: Sequence[Holding], *, ro
         table.add_row(f"... and {len(merged) - rows} more", "", "")
     legend = Text.assemble(("█ uvas  ", "green"), ("▒ somebody else  ", "red"), ("· free", "bright_black"))
     title = f"[{window.base:#x}, {window.end:#x}): {format_size(window.size)}"
-    console.print(Panel(Group(bar(window, holdings), legend, Text(), table), title=title, expand=False))
+    width = min(_WIDEST_BAR, console.width - _FRAME)
+    console.print(Panel(Group(bar(window, holdings, width), legend, Text(), table), title=title, expand=False))
 
 
 def _merge(holdings: Sequence[Holding]) -> list[tuple[Holding, int]]:

@@ -107,7 +107,9 @@ class _Held:
         return f"<{type(self).__name__}{name} [{self.base:#x}, {self.end:#x}) of {self._space.name!r}{state}>"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(f"{self!r} cannot be pickled or copied: addresses belong to one process; give others its base and size")
+        raise TypeError(
+            f"{self!r} cannot be pickled or copied: addresses belong to one process; give others its base and size"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -136,16 +138,20 @@ class Adoption(_Held):
             raise raise_answer(code)
         self._forget()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._released:
             self.release()
 
 
 class Reservation(_Held):
-    """A range of addresses that means the same on the host and on every device of its space; `AddressSpace.reserve` makes them.
+    """A range of addresses that means the same on the host and on every device of its space; `AddressSpace.reserve`
+    makes them.
 
-    No memory is behind the addresses until it is committed. As a context manager it is released at the end; under a live array it then refuses
-    new ones and is released when the last one goes, so that the user's own exception is never hidden.
+    No memory is behind the addresses until it is committed. As a context manager it is released at the end; under a
+    live array it then refuses new ones and is released when the last one goes, so that the user's own exception is
+    never hidden.
     """
 
     __slots__ = ("_leases", "_retired")
@@ -166,7 +172,9 @@ class Reservation(_Held):
         start = as_size("offset", offset)
         return start, max(0, self._size - start) if size is None else as_size("size", size)
 
-    def commit(self, offset: int = 0, size: int | None = None, *, protection: str = "rw", populate: bool = False) -> None:
+    def commit(
+        self, offset: int = 0, size: int | None = None, *, protection: str = "rw", populate: bool = False
+    ) -> None:
         """Put memory behind a part of the addresses, on every party; zeros where none was.
 
         What is committed already keeps its contents and gets the protection.
@@ -230,7 +238,9 @@ class Reservation(_Held):
         ReleasedError
             The reservation has been released.
         """
-        code = lib.uvas_protect(self._cell.id, as_size("offset", offset), as_size("size", size), protection_bits(protection))
+        code = lib.uvas_protect(
+            self._cell.id, as_size("offset", offset), as_size("size", size), protection_bits(protection)
+        )
         if code < 0:
             raise raise_answer(code)
 
@@ -244,14 +254,16 @@ class Reservation(_Held):
         protection: str = "rw",
         sharing: Literal["shared", "private"] = "shared",
     ) -> None:
-        """Map a file's or a device's descriptor inside the reservation, on every party, in place of what was committed there.
+        """Map a file's or a device's descriptor inside the reservation, on every party, in place of what was committed
+        there.
 
         Parameters
         ----------
         fd
             The descriptor; uvas keeps a duplicate.
         offset, size
-            The part of the reservation, bytes; the size is rounded up as the kernel will round it (to 2 MiB for huge pages, say).
+            The part of the reservation, bytes; the size is rounded up as the kernel will round it (to 2 MiB for huge
+            pages, say).
         fd_offset
             Of the first byte in the file.
         protection
@@ -343,7 +355,9 @@ class Reservation(_Held):
         if size:  # pages of more than one protection: the array may do what all of them allow
             bits = self._protection(start, start + size)
             if not bits & lib.UVAS_READ:
-                raise ValueError(f"[{self.base + start:#x}, {self.base + start + size:#x}) is protected against reading")
+                raise ValueError(
+                    f"[{self.base + start:#x}, {self.base + start + size:#x}) is protected against reading"
+                )
             lease.readonly = not bits & lib.UVAS_WRITE
         if self._leases is None:
             self._leases = weakref.WeakSet()
@@ -367,7 +381,8 @@ class Reservation(_Held):
                 return bits
         return bits
 
-    # ---- the end -------------------------------------------------------------------------------------------------------
+    # ---- the end
+    # -------------------------------------------------------------------------------------------------------
 
     def release(self) -> None:
         """Give memory and addresses back, on every party, exactly once.
@@ -392,7 +407,11 @@ class Reservation(_Held):
             code = call()
         if code == -EBUSY:
             refusal = raise_answer(code)
-            holders = [repr(one) for one in self.holders() if one.address < self.base + start + size and self.base + start < one.address + one.size]
+            holders = [
+                repr(one)
+                for one in self.holders()
+                if one.address < self.base + start + size and self.base + start < one.address + one.size
+            ]
             raise BufferError(f"{refusal}: {'; '.join(holders)}" if holders else str(refusal))
         if code < 0:
             raise raise_answer(code)
@@ -421,7 +440,9 @@ class Reservation(_Held):
             errands.append((lib.uvas_release, self._cell.id, self._space))
         return errands + self._space.when_unused()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._released or self._space.closed:
             return
         if self._leases:

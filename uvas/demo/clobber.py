@@ -1,10 +1,12 @@
-"""The harm: find a hole in /proc/self/maps, then map it with MAP_FIXED. Run as a program, in a process of its own, which may well die.
+"""The harm: find a hole in /proc/self/maps, then map it with MAP_FIXED. Run as a program, in a process of its own,
+which may well die.
 
 ``python -m uvas.demo.clobber SECONDS``
 
-One thread maps 64 KiB wherever the kernel likes, writes a sentinel, looks at it, unmaps: any library. The main thread chooses a hole *as the kernel
-chooses it* (the highest one that is large enough) and maps there destructively. Between the look and the map the other thread may have come: then
-its memory is replaced without a word. Prints one JSON object a line, the last one being the most recent state, so that a death loses nothing.
+One thread maps 64 KiB wherever the kernel likes, writes a sentinel, looks at it, unmaps: any library. The main thread
+chooses a hole *as the kernel chooses it* (the highest one that is large enough) and maps there destructively. Between
+the look and the map the other thread may have come: then its memory is replaced without a word. Prints one JSON object
+a line, the last one being the most recent state, so that a death loses nothing.
 """
 
 from __future__ import annotations
@@ -33,15 +35,15 @@ def _map(address: int | None, flags: int) -> int:
 
 
 def hole_as_the_kernel_chooses() -> int:
-    """The top of the highest hole that holds a block, below the highest library: where mmap(NULL) goes."""
+    """Return the top of the highest hole that holds a block, below the highest library: where mmap(NULL) goes."""
     with open("/proc/self/maps", "rb", buffering=0) as file:
         text = b"".join(iter(lambda: file.read(1 << 16), b""))
     spans = []
     for line in text.splitlines():
         if b"[stack]" in line:
             break
-        start, _, end = line.split(b" ", 1)[0].partition(b"-")
-        spans.append((int(start, 16), int(end, 16)))
+        low, _, high = line.split(b" ", 1)[0].partition(b"-")
+        spans.append((int(low, 16), int(high, 16)))
     above = spans[-1][0]
     for start, end in reversed(spans[:-1]):
         if above - end >= _BLOCK:
@@ -59,6 +61,7 @@ class Victim(threading.Thread):
         self.lost = 0
 
     def run(self) -> None:
+        """Go on until the process ends."""
         while True:
             address = _map(None, 0)
             word = ctypes.c_uint64.from_address(address)

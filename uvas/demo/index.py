@@ -8,7 +8,8 @@ All fields are 64-bit words; pointers are plain addresses, 0 is none::
     posting  next posting of the word, file number, occurrences
     file     name, bytes of name
 
-The host builds it with NumPy; `answer` walks it wherever the memory is mapped, knowing nothing but the header's address.
+The host builds it with NumPy; `answer` walks it wherever the memory is mapped, knowing nothing but the header's
+address.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Corpus:
 
     @property
     def postings(self) -> int:
+        """How many (word, file) pairs there are."""
         return sum(map(len, self.counts.values()))
 
     def bytes_needed(self, buckets: int) -> int:
@@ -84,7 +86,8 @@ def build(memory: npt.NDArray[np.uint64], corpus: Corpus) -> int:
     Parameters
     ----------
     memory
-        At least ``corpus.bytes_needed(buckets_for(len(corpus.counts)))`` bytes of fields, all of them reachable by whoever walks the index.
+        At least ``corpus.bytes_needed(buckets_for(len(corpus.counts)))`` bytes of fields, all of them reachable by
+        whoever walks the index.
 
     Raises
     ------
@@ -161,7 +164,8 @@ def _write_postings(
     table[:, 1:] = flat.reshape(count, 2)
 
 
-# ---- walking it, on the host or in a worker ---------------------------------------------------------------------------------------------------
+# ---- walking it, on the host or in a worker
+# ---------------------------------------------------------------------------------------------------
 
 
 def _load(address: int) -> int:
@@ -201,7 +205,7 @@ def _file_name(header: int, number: int) -> str:
 
 
 def expected(corpus: Corpus, words: Iterable[bytes]) -> tuple[list[int], list[str | None]]:
-    """What `answer` must say, from the counts that the index was built of."""
+    """Return what `answer` must say, from the counts that the index was built of."""
     totals: list[int] = []
     best: list[str | None] = []
     for word in words:

@@ -1,8 +1,10 @@
 """The acts of ``uvas demo``, in order, and the verdict.
 
-1. Squatters crowd a window. uvas reserves matching ranges in it, on the host and on two worker processes, one of which has planted mappings of its
+1. Squatters crowd a window. uvas reserves matching ranges in it, on the host and on two worker processes, one of which
+   has planted mappings of its
    own there; refusals by anybody send the search on.
-2. The host builds a pointer-linked index of the standard library's sources in one of the ranges. The devices walk the same pointers, answer queries,
+2. The host builds a pointer-linked index of the standard library's sources in one of the ranges. The devices walk the
+   same pointers, answer queries,
    and write the totals where the host reads them.
 3. The audit, and the map of the window.
 4. The same race with the destructive MAP_FIXED, in a child process.
@@ -79,7 +81,9 @@ def main(*, as_json: bool) -> int:
             _share_addresses(console, outcome, left, right)
         outcome.squatter_blocks = squatters.taken
         outcome.squatter_bytes_lost = squatters.lost * 8
-        console.print(f"   squatters: {squatters.taken} blocks mapped and unmapped meanwhile, {squatters.lost} of their sentinels lost")
+        console.print(
+            f"   squatters: {squatters.taken} blocks mapped and unmapped meanwhile, {squatters.lost} of their sentinels lost"
+        )
         outcome.claim(squatters.taken > 0, "no squatter was in the way")
         outcome.claim(squatters.lost == 0, f"{squatters.lost} sentinels of squatters were lost")
     _show_harm(console, outcome)
@@ -143,20 +147,24 @@ def _walk_pointers(
     half = _QUERIES // 2
     parts = (slice(0, half), slice(half, _QUERIES))
     waiting: list[Future[list[str | None]]] = [
-        device.submit(index.answer, header, words[part], totals[part]) for device, part in zip(devices, parts, strict=True)
+        device.submit(index.answer, header, words[part], totals[part])
+        for device, part in zip(devices, parts, strict=True)
     ]
     best = [name for future in waiting for name in future.result()]
     right_totals, right_best = index.expected(corpus, words)
     outcome.files, outcome.words, outcome.postings = len(corpus.files), len(corpus.counts), corpus.postings
     outcome.index_bytes, outcome.queries = book.size, _QUERIES
     outcome.right_answers = sum(
-        int(total) == right and name == other for total, right, name, other in zip(totals, right_totals, best, right_best, strict=True)
+        int(total) == right and name == other
+        for total, right, name, other in zip(totals, right_totals, best, right_best, strict=True)
     )
     console.print(
         f"   the host indexed {outcome.files} files of the standard library ({format_size(corpus.text_bytes)}): {outcome.words} words, "
         f"{outcome.postings} postings, linked by plain addresses in {format_size(book.size)} at {header:#x}"
     )
-    console.print(f"   two devices followed them: {outcome.right_answers} of {_QUERIES} answers right, written where the host reads them")
+    console.print(
+        f"   two devices followed them: {outcome.right_answers} of {_QUERIES} answers right, written where the host reads them"
+    )
     outcome.claim(outcome.right_answers == _QUERIES, f"{_QUERIES - outcome.right_answers} answers were wrong")
 
 
@@ -175,7 +183,9 @@ def _show_harm(console: Console, outcome: Outcome) -> None:
     until = time.monotonic() + _CLOBBER_SECONDS
     while (left := until - time.monotonic()) > 0.2:
         command = [sys.executable, "-m", "uvas.demo.clobber", f"{left:.2f}"]
-        child = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        child = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+        )
         lines = child.stdout.splitlines()
         last = json.loads(lines[-1]) if lines else {"maps": 0, "victim_lost": 0}
         outcome.clobber_maps += last["maps"]

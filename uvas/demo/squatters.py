@@ -1,7 +1,7 @@
 """Threads that map and unmap without asking anybody, as libraries do, in the window where uvas reserves.
 
-Each block that a squatter holds carries a sentinel; before it is given back the sentinel is looked at. A sentinel that changed means that somebody
-mapped over the block.
+Each block that a squatter holds carries a sentinel; before it is given back the sentinel is looked at. A sentinel that
+changed means that somebody mapped over the block.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Squatters:
         self._settled.wait()  # the window is crowded before anybody is asked to find room in it
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         for thread in self._threads:
             thread.join()

@@ -1,7 +1,7 @@
 """A device written in Python behind the C core's callbacks.
 
-The core calls with no lock held. What a device raises cannot travel through C: it is kept for the thread, C sees a number, and the verb that called into C
-raises the very exception again (`raise_answer`).
+The core calls with no lock held. What a device raises cannot travel through C: it is kept for the thread, C sees a
+number, and the verb that called into C raises the very exception again (`raise_answer`).
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class Party:
         """Return the ``struct uvas_device`` of it."""
         info, window = self.info, self.info.window
         if info.placement not in _PLACEMENTS or not set(info.backings) <= set(_BACKINGS):
-            raise ValueError(f"device {info.name} declares {info.placement!r} and {set(info.backings)}: uvas knows others")
+            raise ValueError(
+                f"device {info.name} declares {info.placement!r} and {set(info.backings)}: uvas knows others"
+            )
         return ffi.new(
             "struct uvas_device *",
             {
@@ -125,7 +127,7 @@ class Party:
                 self._start(wanted)
             elif self.asked_beside_others:
                 self._pending[wanted.base] = _askers(os.getpid()).submit(self.device.claim, wanted)
-        except BaseException as error:  # noqa: BLE001 - raised by the claim that follows
+        except BaseException as error:
             self._pending[wanted.base] = error
 
     def claim(self, wanted: Range) -> None:
@@ -154,7 +156,7 @@ def _askers(process: int) -> ThreadPoolExecutor:
 def _ask(call: Callable[[], None]) -> int:
     try:
         call()
-    except BaseException as error:  # noqa: BLE001 - nothing travels through C
+    except BaseException as error:
         return _keep(error)
     return 0
 
@@ -181,7 +183,7 @@ def uvas_py_claim(context: Any, base: int, size: int, obstacle: Any) -> int:
         if error.obstacle is not None:
             obstacle.base, obstacle.size = error.obstacle.base, error.obstacle.size
         return -EEXIST
-    except BaseException as error:  # noqa: BLE001 - nothing travels through C
+    except BaseException as error:
         return _keep(error)
     return 0
 

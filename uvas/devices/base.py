@@ -20,8 +20,9 @@ class DeviceInfo:
     name
         For messages.
     placement
-        ``follows``: a host address is enough. ``claims``: it has an address space of its own and can refuse. ``registers``: host memory is made known
-        to it at commit. ``owns``: its claim takes the address itself, on the host too.
+        ``follows``: a host address is enough. ``claims``: it has an address space of its own and can refuse.
+        ``registers``: host memory is made known to it at commit. ``owns``: its claim takes the address itself, on the
+        host too.
     backings
         What it can live with behind committed addresses.
     granularity
@@ -47,8 +48,8 @@ class Backing:
     Parameters
     ----------
     kind
-        ``anonymous``: private memory of the host's. ``memfd``: the reservation's own. ``descriptor``: one of the caller's. ``driver``: what an owning
-        device maps.
+        ``anonymous``: private memory of the host's. ``memfd``: the reservation's own. ``descriptor``: one of the
+        caller's. ``driver``: what an owning device maps.
     shared
         Whether it is mapped shared.
     descriptor
@@ -66,11 +67,13 @@ class Backing:
 class Device(Protocol):
     """A party that must agree on what an address means.
 
-    The contract of every method: ranges are not empty, aligned to the granularity and inside one live reservation; a method that raises has changed
-    nothing; calls on disjoint ranges may come from several threads at once; a device never calls back into the space.
+    The contract of every method: ranges are not empty, aligned to the granularity and inside one live reservation; a
+    method that raises has changed nothing; calls on disjoint ranges may come from several threads at once; a device
+    never calls back into the space.
 
-    A device may also have a method ``start_claim(range)``. It is called on every claiming device before the first `claim` is, with what `claim` will be
-    asked, and is always followed by that `claim`: who can work meanwhile starts there. Devices without it are asked on threads, all at the same time.
+    A device may also have a method ``start_claim(range)``. It is called on every claiming device before the first
+    `claim` is, with what `claim` will be asked, and is always followed by that `claim`: who can work meanwhile starts
+    there. Devices without it are asked on threads, all at the same time.
     """
 
     @property
@@ -83,7 +86,8 @@ class Device(Protocol):
         Raises
         ------
         AddressInUseError
-            It is taken there: uvas tries another range. Anything else that is raised means that the device is broken and reaches the caller.
+            It is taken there: uvas tries another range. Anything else that is raised means that the device is broken
+            and reaches the caller.
         """
 
     def unclaim(self, range: Range, /) -> None:

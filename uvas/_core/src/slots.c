@@ -96,7 +96,7 @@ struct uvas_slot *uvas_slots_at(const struct uvas_slots *slots, uint32_t index) 
 }
 
 void *uvas_slots_get(const struct uvas_slots *slots, uvas_id id) {
-    if (id >> KIND_SHIFT != slots->kind) {
+    if (id == 0 || id >> KIND_SHIFT != slots->kind) { /* a slot that is not in use has the id 0 too */
         return NULL;
     }
     struct uvas_slot *slot = uvas_slots_at(slots, (uint32_t)(id & INDEX_MASK));
