@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from uvas.reservation import Adoption, Reservation
 
 Errand = tuple[Callable[[int], int], int, object]
-"""A function of the core, the id to call it with, and what must stay alive until it was called. What it answers is nobody's to know."""
+"""A function of the core, the id to call it with, and what must live until then. Nobody learns what it answers."""
 
 
 live: dict[int, weakref.ref[Reservation | Adoption]] = {}
@@ -42,7 +42,7 @@ _process = _Process()
 
 
 def generation() -> object:
-    """Return a token that differs between a process and its forked children: objects of the parent's are dead in a child."""
+    """Return a token that differs between a process and its forked children, where the parent's objects are dead."""
     return _process
 
 

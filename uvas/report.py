@@ -73,7 +73,7 @@ def bar(window: Range, holdings: Iterable[Holding], width: int) -> Text:
 
 
 def draw_map(console: Console, window: Range, holdings: Sequence[Holding], *, rows: int = 24) -> None:
-    """Print the map of `window`: a bar, and a table of at most `rows` holdings, neighbours of one holder taken together."""
+    """Print the map of `window`: a bar, and a table of `rows` holdings at most, neighbours of one holder as one."""
     table = Table(box=None, pad_edge=False)
     for title, justify in (("addresses", "left"), ("size", "right"), ("held by", "left")):
         table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]  # rich's own literal type

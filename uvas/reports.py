@@ -50,7 +50,8 @@ class Finding:
     range: Range
     """Where."""
     kind: FindingKind
-    """``hole``: nobody is there. ``foreign``: somebody else is. ``changed``: ours, with another protection. ``lost``: marked lost earlier."""
+    """``hole``: nobody is there. ``foreign``: somebody else is. ``changed``: ours, with another protection.
+    ``lost``: marked lost earlier."""
     reservation: Reservation | None
     """Whose part it is; None if the object is gone."""
     committed: bool

@@ -116,7 +116,7 @@ class _Held:
 
 
 class Adoption(_Held):
-    """Somebody else's range that uvas has been told of: never mapped, never unmapped by uvas; `AddressSpace.adopt` makes them."""
+    """Somebody else's range that uvas has been told of by `AddressSpace.adopt`: never mapped, never unmapped by uvas."""
 
     __slots__ = ()
 
@@ -146,8 +146,7 @@ class Adoption(_Held):
 
 
 class Reservation(_Held):
-    """A range of addresses that means the same on the host and on every device of its space; `AddressSpace.reserve`
-    makes them.
+    """A range of addresses that means the same on the host and on every device of its space.
 
     No memory is behind the addresses until it is committed. As a context manager it is released at the end; under a
     live array it then refuses new ones and is released when the last one goes, so that the user's own exception is
@@ -254,8 +253,7 @@ class Reservation(_Held):
         protection: str = "rw",
         sharing: Literal["shared", "private"] = "shared",
     ) -> None:
-        """Map a file's or a device's descriptor inside the reservation, on every party, in place of what was committed
-        there.
+        """Map a file's or a device's descriptor, on every party, in place of what was committed there.
 
         Parameters
         ----------
@@ -335,7 +333,8 @@ class Reservation(_Held):
         size = kind.itemsize * math.prod(dimensions)
         if size > self._size - start:
             raise ValueError(
-                f"{dimensions} elements of {kind} are {size:#x} bytes: from offset {start:#x} there are {max(0, self._size - start):#x}"
+                f"{dimensions} elements of {kind} are {size:#x} bytes: "
+                f"from offset {start:#x} there are {max(0, self._size - start):#x}"
             )
         lease = self._lease(start, size, f"array of {kind}, shape {dimensions}")
         return np.ndarray(dimensions, kind, buffer=np.asarray(lease))

@@ -35,8 +35,7 @@ os.register_at_fork(after_in_child=live.clear)
 
 
 def find(address: int) -> Reservation | Adoption | None:
-    """Return whose address this is: the very object that `reserve` or `adopt` gave, of any space; None if uvas does
-    not hold it.
+    """Return whose address this is: the very object that `reserve` or `adopt` gave, of any space, or None.
 
     Any address inside will do. Takes no lock; O(log n) in the number of ranges.
 
@@ -226,8 +225,7 @@ class AddressSpace:
         return tuple(party.device for party in self._parties)
 
     def attach(self, device: Device) -> None:
-        """Bring a device to the living space: it claims every live reservation and commits what is committed, all or
-        nothing.
+        """Bring a device to the living space, all or nothing: it claims and commits what the others have.
 
         Raises
         ------
@@ -308,8 +306,7 @@ class AddressSpace:
         return self._inspect(lib.uvas_audit)
 
     def heal(self) -> Report:
-        """Audit, take holes back without replacing anything, and mark what somebody else holds as lost: it is never
-        touched again.
+        """Audit, take holes back without replacing anything, and mark as lost what somebody else holds.
 
         What was committed in a hole is gone unless a descriptor holds it: the addresses are then reserved, and a touch
         faults.
@@ -410,7 +407,7 @@ class AddressSpace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close it; under a live array refuse new ones and close when the last one goes, so that the user's own exception is never hidden."""
+        """Close it; under a live array refuse new ones and close when the last one goes, hiding no exception."""
         if self.closed:
             return
         gc.collect()

@@ -366,7 +366,7 @@ def test_7_every_way_to_end(ending: str) -> None:
 
 @pytest.mark.usefixtures("clean")
 def test_9_release_against_everything() -> None:
-    """Release in one thread, verbs of the same reservation in others, and a stranger who takes every hole that opens."""
+    """Release in one thread, verbs of the same reservation in others, a stranger who takes every hole that opens."""
     with uvas.AddressSpace(window=WINDOW) as space:
         shared: list[uvas.Reservation] = [space.reserve(8 * PAGE)]
         counts = {"done": 0, "released": 0}

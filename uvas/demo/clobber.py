@@ -1,5 +1,4 @@
-"""The harm: find a hole in /proc/self/maps, then map it with MAP_FIXED. Run as a program, in a process of its own,
-which may well die.
+"""The harm: find a hole in /proc/self/maps, then map it with MAP_FIXED. A program of its own, which may well die.
 
 ``python -m uvas.demo.clobber SECONDS``
 
@@ -84,7 +83,8 @@ def main(seconds: float) -> None:
     while time.monotonic() < until:
         address = hole_as_the_kernel_chooses()
         if address and _map(address, _MAP_FIXED) == address:
-            maps += 1  # and keeps it, untouched: giving it back would unmap the victim's memory too, and end the count at the first loss
+            # And keeps it, untouched: giving it back would unmap the victim's memory too and end the count at once.
+            maps += 1
         if time.monotonic() - told > 0.02:
             told = time.monotonic()
             print(json.dumps({"maps": maps, "victim_rounds": victim.rounds, "victim_lost": victim.lost}), flush=True)

@@ -82,7 +82,8 @@ def main(*, as_json: bool) -> int:
         outcome.squatter_blocks = squatters.taken
         outcome.squatter_bytes_lost = squatters.lost * 8
         console.print(
-            f"   squatters: {squatters.taken} blocks mapped and unmapped meanwhile, {squatters.lost} of their sentinels lost"
+            f"   squatters: {squatters.taken} blocks mapped and unmapped meanwhile, "
+            f"{squatters.lost} of their sentinels lost"
         )
         outcome.claim(squatters.taken > 0, "no squatter was in the way")
         outcome.claim(squatters.lost == 0, f"{squatters.lost} sentinels of squatters were lost")
@@ -113,8 +114,8 @@ def _share_addresses(console: Console, outcome: Outcome, left: ProcessDevice, ri
         outcome.candidates = stats.attempts
         outcome.conflicts = stats.conflicts
         console.print(
-            f"   {stats.reserves} ranges, {format_size(stats.reserved_bytes)}, at the same addresses on the host, {left.info.name} and "
-            f"{right.info.name}; {stats.conflicts} candidates were refused by somebody, {stats.attempts} tried in all"
+            f"   {stats.reserves} ranges, {format_size(stats.reserved_bytes)}, at the same addresses on the host, "
+            f"{left.info.name} and {right.info.name}; {stats.conflicts} candidates were refused by somebody, {stats.attempts} tried in all"
         )
         outcome.claim(stats.conflicts > 0, "nobody was ever in the way: there was nothing to retry")
         _walk_pointers(console, outcome, corpus, book, answers, (left, right))
@@ -159,11 +160,13 @@ def _walk_pointers(
         for total, right, name, other in zip(totals, right_totals, best, right_best, strict=True)
     )
     console.print(
-        f"   the host indexed {outcome.files} files of the standard library ({format_size(corpus.text_bytes)}): {outcome.words} words, "
+        f"   the host indexed {outcome.files} files of the standard library ({format_size(corpus.text_bytes)}): "
+        f"{outcome.words} words, "
         f"{outcome.postings} postings, linked by plain addresses in {format_size(book.size)} at {header:#x}"
     )
     console.print(
-        f"   two devices followed them: {outcome.right_answers} of {_QUERIES} answers right, written where the host reads them"
+        f"   two devices followed them: {outcome.right_answers} of {_QUERIES} answers right, "
+        "written where the host reads them"
     )
     outcome.claim(outcome.right_answers == _QUERIES, f"{_QUERIES - outcome.right_answers} answers were wrong")
 
@@ -197,7 +200,8 @@ def _show_harm(console: Console, outcome: Outcome) -> None:
     share = 100 * outcome.clobber_lost / outcome.clobber_maps if outcome.clobber_maps else 0
     deaths = f", and the process died: {', '.join(outcome.clobber_deaths)}" if outcome.clobber_deaths else ""
     console.print(
-        f"   {outcome.clobber_maps} maps into a hole just read from /proc/self/maps: {outcome.clobber_lost} ({share:.0f} %) replaced memory that "
+        f"   {outcome.clobber_maps} maps into a hole just read from /proc/self/maps: {outcome.clobber_lost} "
+        f"({share:.0f} %) replaced memory that "
         f"another thread had mapped meanwhile{deaths}"
     )
     outcome.claim(bool(outcome.clobber_lost or outcome.clobber_deaths), "MAP_FIXED destroyed nothing this time")

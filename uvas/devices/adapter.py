@@ -88,7 +88,7 @@ class Party:
         self.info: DeviceInfo = device.info
         self.id = 0
         self.asked_beside_others = False
-        """Two or more devices claim: one that cannot be started is asked on a thread of its own. Written by the space when devices come and go."""
+        """Two or more devices claim: one that cannot be started is asked on a thread. Written by the space."""
         self._pending: dict[int, Future[None] | BaseException | None] = {}
         self._handle = ffi.new_handle(self)
         self._name = ffi.new("char[]", self.info.name.encode())
@@ -168,11 +168,13 @@ def _party(context: Any) -> Party:
 
 @ffi.def_extern()
 def uvas_py_start_claim(context: Any, base: int, size: int) -> None:
+    """Let a device begin to claim."""
     _party(context).start_claim(Range(base, size))
 
 
 @ffi.def_extern(error=-ECANCELED)
 def uvas_py_claim(context: Any, base: int, size: int, obstacle: Any) -> int:
+    """Claim: 0, EEXIST with the obstacle, or what stands for an exception."""
     party = _party(context)
     try:
         party.claim(Range(base, size))
@@ -190,11 +192,13 @@ def uvas_py_claim(context: Any, base: int, size: int, obstacle: Any) -> int:
 
 @ffi.def_extern(error=-ECANCELED)
 def uvas_py_unclaim(context: Any, base: int, size: int) -> int:
+    """Give a range back."""
     return _ask(lambda: _party(context).device.unclaim(Range(base, size)))
 
 
 @ffi.def_extern(error=-ECANCELED)
 def uvas_py_commit(context: Any, base: int, size: int, info: Any, protection: int) -> int:
+    """Commit a range."""
     descriptor = info.descriptor if info.descriptor >= 0 else None
     backing = Backing(_BACKING_NAMES[info.kind], bool(info.shared), descriptor, info.offset)
     return _ask(lambda: _party(context).device.commit(Range(base, size), backing, protection_name(protection)))
@@ -202,9 +206,11 @@ def uvas_py_commit(context: Any, base: int, size: int, info: Any, protection: in
 
 @ffi.def_extern(error=-ECANCELED)
 def uvas_py_decommit(context: Any, base: int, size: int) -> int:
+    """Decommit a range."""
     return _ask(lambda: _party(context).device.decommit(Range(base, size)))
 
 
 @ffi.def_extern(error=-ECANCELED)
 def uvas_py_protect(context: Any, base: int, size: int, protection: int) -> int:
+    """Change a range's protection."""
     return _ask(lambda: _party(context).device.protect(Range(base, size), protection_name(protection)))
