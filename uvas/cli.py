@@ -15,9 +15,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser(
         "demo",
         help="the main job on real input, in under 20 seconds",
-        description="Reserve matching ranges on the host and on two devices while others map there too, let the devices "
-        "follow the host's pointers, then show what MAP_FIXED does in the same race. The exit code is 0 only if "
-        "everything that is claimed was verified.",
+        description="Reserve matching ranges on the host and on two devices while others map there too, let the "
+        "devices follow the host's pointers, then show what MAP_FIXED does in the same race. The exit code is 0 only "
+        "if everything that is claimed was verified.",
     )
     demo.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args(arguments)

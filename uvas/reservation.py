@@ -116,7 +116,7 @@ class _Held:
 
 
 class Adoption(_Held):
-    """Somebody else's range that uvas has been told of by `AddressSpace.adopt`: never mapped, never unmapped by uvas."""
+    """Somebody else's range that uvas has been told of by `AddressSpace.adopt`; uvas never maps or unmaps it."""
 
     __slots__ = ()
 

@@ -115,7 +115,8 @@ def _share_addresses(console: Console, outcome: Outcome, left: ProcessDevice, ri
         outcome.conflicts = stats.conflicts
         console.print(
             f"   {stats.reserves} ranges, {format_size(stats.reserved_bytes)}, at the same addresses on the host, "
-            f"{left.info.name} and {right.info.name}; {stats.conflicts} candidates were refused by somebody, {stats.attempts} tried in all"
+            f"{left.info.name} and {right.info.name}; "
+            f"{stats.conflicts} candidates were refused by somebody, {stats.attempts} tried in all"
         )
         outcome.claim(stats.conflicts > 0, "nobody was ever in the way: there was nothing to retry")
         _walk_pointers(console, outcome, corpus, book, answers, (left, right))
