@@ -52,14 +52,15 @@ def main() -> None:
     """Reserve a range that the host and the accelerator agree on."""
     accelerator = Accelerator()
     with uvas.AddressSpace([accelerator], window=WINDOW, name="example") as space:
-        with space.reserve(3 << 20, name="weights") as weights:
-            print(f"both agree on {weights.range}: {weights.size >> 20} MiB, as the accelerator's pages are 2 MiB")
-            weights.commit()
-            weights.numpy("f4")[:] = 1.5
-            print(f"the accelerator knows: {accelerator.pages}")
-            stats = space.stats()
-            print(f"{stats.conflicts} candidate(s) of {stats.attempts} were refused by somebody")
-            assert not weights.range.overlaps(FIRMWARE)
+        weights = space.reserve(3 << 20, name="weights")
+        print(f"both agree on {weights.range}: {weights.size >> 20} MiB, as the accelerator's pages are 2 MiB")
+        weights.commit()
+        weights.numpy("f4")[:] = 1.5
+        print(f"the accelerator knows: {accelerator.pages}")
+        stats = space.stats()
+        print(f"{stats.conflicts} candidate(s) of {stats.attempts} were refused by somebody")
+        assert not weights.range.overlaps(FIRMWARE)
+        weights.release()
     assert accelerator.claimed == []
     print("released on both sides")
 

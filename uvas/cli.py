@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "if everything that is claimed was verified.",
     )
     demo.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    demo.add_argument("--picture", metavar="FILE", help="also write what is shown as an SVG picture")
     options = parser.parse_args(arguments)
     from uvas.demo.run import main as run_demo  # the command line's start is not to pay for what it does not run
 
-    return run_demo(as_json=options.json)
+    return run_demo(as_json=options.json, picture=options.picture)

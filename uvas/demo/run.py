@@ -40,6 +40,7 @@ _QUERIES = 2000
 _CLOBBER_SECONDS = 3.0
 _PLANTED = 8  # mappings that only one device has
 _SEED = 20
+_PICTURE_WIDTH = 118  # columns
 
 
 @dataclass(slots=True)
@@ -71,9 +72,9 @@ class Outcome:
             self.failures.append(otherwise)
 
 
-def main(*, as_json: bool) -> int:
+def main(*, as_json: bool, picture: str | None = None) -> int:
     """Run the demo; 0 only if every claim was verified."""
-    console = Console(quiet=as_json)
+    console = Console(record=True, width=_PICTURE_WIDTH) if picture else Console(quiet=as_json)
     outcome = Outcome()
     started = time.monotonic()
     with ProcessDevice(name="left") as left, ProcessDevice(name="right") as right:
@@ -95,6 +96,8 @@ def main(*, as_json: bool) -> int:
         console.print("[bold red]not verified:[/] " + "; ".join(outcome.failures))
     else:
         console.print(f"[bold green]all of it verified[/] in {outcome.seconds:.1f} s")
+    if picture:
+        console.save_svg(picture, title="uvas demo")
     return 1 if outcome.failures else 0
 
 
