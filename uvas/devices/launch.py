@@ -111,6 +111,8 @@ def _preparation(name: str) -> dict[str, Any]:
     if chosen is None:  # asking for the data has chosen a start method, which is the user's to choose
         multiprocessing.set_start_method(None, force=True)
         del data["start_method"]
+    if not os.path.exists(data.get("init_main_from_path", "/")):  # "<stdin>": no file holds it
+        del data["init_main_from_path"]
     data["authkey"] = bytes(data["authkey"])  # as it is, it refuses to be pickled
     return data
 

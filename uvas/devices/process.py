@@ -299,4 +299,6 @@ def _parts(address: int, size: int) -> list[tuple[int, int]]:
     if size == 0 and 0 <= address < 1 << 64:
         return []
     whole = Range(address, size)
+    if whole.base == 0:
+        raise ValueError(f"{whole} begins at 0x0, where nothing is")
     return [(start, min(_COPY_BYTES, whole.end - start)) for start in range(whole.base, whole.end, _COPY_BYTES)]
