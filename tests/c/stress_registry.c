@@ -68,7 +68,7 @@ static void insert(uint64_t place, uintptr_t pages) {
     uintptr_t base = place_base(place), end = base + pages * PAGE;
     CHECK_OK(uvas_registry_lock_for_insert());
     if (uvas_registry_insert(base, end, value_of(base, end) | UVAS_REGISTRY_HIDDEN, NULL) == 0) {
-        uvas_registry_set(base, value_of(base, end));
+        uvas_registry_set(base, end, value_of(base, end));
     }
     uvas_registry_unlock();
 }
@@ -77,8 +77,8 @@ static void remove_place(uint64_t place) {
     struct uvas_entry there;
     uvas_registry_lock();
     if (uvas_registry_next(place_base(place), &there) && there.base == place_base(place)) {
-        uvas_registry_set(there.base, there.value | UVAS_REGISTRY_HIDDEN);
-        uvas_registry_remove(there.base);
+        uvas_registry_set(there.base, there.end, there.value | UVAS_REGISTRY_HIDDEN);
+        uvas_registry_remove(there.base, there.end);
     }
     uvas_registry_unlock();
 }

@@ -80,7 +80,7 @@ static void try_insert(uintptr_t base, uintptr_t end, uint64_t value) {
 
 static void remove_at(size_t i) {
     uvas_registry_lock();
-    uvas_registry_remove(model[i].base);
+    uvas_registry_remove(model[i].base, model[i].end);
     uvas_registry_unlock();
     memmove(&model[i], &model[i + 1], (count - i - 1) * sizeof *model);
     count--;
@@ -102,7 +102,7 @@ static void against_model(uint64_t seed, uint64_t rounds) {
             size_t i = next_random(&random) % count;
             model[i].value ^= UVAS_REGISTRY_HIDDEN;
             uvas_registry_lock();
-            uvas_registry_set(model[i].base, model[i].value);
+            uvas_registry_set(model[i].base, model[i].end, model[i].value);
             uvas_registry_unlock();
         }
         compare_at(base);
@@ -123,6 +123,14 @@ static void against_model(uint64_t seed, uint64_t rounds) {
     compare_at(PAGE);
     check_registry();
     puts("ok against_model");
+}
+
+static void remove_place(uintptr_t base) {
+    struct uvas_entry there;
+    CHECK(uvas_registry_next(base, &there) && there.base == base);
+    uvas_registry_lock();
+    uvas_registry_remove(base, there.end);
+    uvas_registry_unlock();
 }
 
 /* Whatever the size of the ranges; also after most of them are gone. */
@@ -148,20 +156,16 @@ static void memory_per_range(uint64_t seed, size_t ranges) {
     CHECK(ranges < 10000 || each <= 128);
     for (size_t place = 0; place < ranges; place++) {
         if (place % 10 != 0) {
-            uvas_registry_lock();
-            uvas_registry_remove((place + 1) * 16 * PAGE);
-            uvas_registry_unlock();
+            remove_place((place + 1) * 16 * PAGE);
         }
     }
     uvas_registry_lock();
     uvas_registry_stats(&sparse);
-    CHECK(ranges < 10000 || sparse.leaf_nodes * 832 + sparse.inner_nodes * 1048 <= 128 * sparse.ranges);
+    CHECK(ranges < 10000 || sparse.tree_bytes <= 128 * sparse.ranges);
     uvas_registry_unlock();
     check_registry();
     for (size_t place = 0; place < ranges; place += 10) {
-        uvas_registry_lock();
-        uvas_registry_remove((place + 1) * 16 * PAGE);
-        uvas_registry_unlock();
+        remove_place((place + 1) * 16 * PAGE);
     }
     check_registry();
     puts("ok memory_per_range");

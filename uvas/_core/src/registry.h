@@ -53,10 +53,10 @@ int uvas_registry_lock_for_insert(void);
 int uvas_registry_insert(uintptr_t base, uintptr_t end, uint64_t value, struct uvas_entry *taken);
 
 /* Under the lock; the range is in the book. Never fails (needs no memory that is not put by). */
-void uvas_registry_remove(uintptr_t base);
+void uvas_registry_remove(uintptr_t base, uintptr_t end);
 
 /* Under the lock; the range is in the book. Replaces its value in place. */
-void uvas_registry_set(uintptr_t base, uint64_t value);
+void uvas_registry_set(uintptr_t base, uintptr_t end, uint64_t value);
 
 /* No lock, async-signal-safe. 1 with the entry that holds `address` and is not hidden, else 0. */
 int uvas_registry_find(uintptr_t address, struct uvas_entry *out);
@@ -72,6 +72,7 @@ struct uvas_registry_stats {
     size_t depth;      /* levels, 0 when empty */
     size_t leaf_nodes; /* in the tree */
     size_t inner_nodes;
+    size_t tree_bytes; /* of the nodes in the tree */
     size_t node_bytes; /* taken from the kernel, in use, retired and free */
 };
 

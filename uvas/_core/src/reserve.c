@@ -61,7 +61,7 @@ static void quarantine_add(struct uvas_record *record) { /* under the lock */
 
 /* Under the lock: out of the registry, its id dead, its parts let go. The caller frees record->pieces.list after it has dropped the lock. */
 static void forget_record(struct uvas_record *record) {
-    uvas_registry_remove(record->base);
+    uvas_registry_remove(record->base, record->base + record->size);
     uvas_pieces_drop(&record->pieces);
     uvas_file_drop(record->file);
     uvas_slots_give(&uvas_record_slots, &record->slot);
@@ -277,7 +277,7 @@ static int try_at(struct uvas_record *record, uintptr_t base, struct uvas_obstac
     if (rc != 0 && !attempt->poisoned && !attempt->kept) {
         uvas_registry_lock();
         space->stats.conflicts += rc == -EEXIST;
-        uvas_registry_remove(base);
+        uvas_registry_remove(base, base + record->size);
         uvas_registry_unlock();
     }
     return rc;
@@ -441,7 +441,9 @@ static struct uvas_record *make_record(struct uvas_space *space, uint32_t kind, 
     record->state = UVAS_RESERVING;
     record->space = space;
     record->size = size;
-    (void)snprintf(record->name, sizeof record->name, "%s", name ? name : "");
+    if (name) { /* the record is zeroed */
+        (void)snprintf(record->name, sizeof record->name, "%s", name);
+    }
     return record;
 }
 
@@ -450,7 +452,7 @@ static void publish(struct uvas_record *record, const struct demand *demand) {
     bool adopted = record->kind == UVAS_ADOPTION;
     uvas_registry_lock();
     record->state = UVAS_LIVE;
-    uvas_registry_set(record->base, record->id | (adopted ? UVAS_REGISTRY_FOREIGN : 0));
+    uvas_registry_set(record->base, record->base + record->size, record->id | (adopted ? UVAS_REGISTRY_FOREIGN : 0));
     space->stats.adoptions += adopted;
     space->stats.reservations += !adopted;
     space->stats.reserves += !adopted;
@@ -586,7 +588,7 @@ static void count_release(struct uvas_space *space, const struct uvas_record *re
 }
 
 void uvas_record_poison_live(struct uvas_record *record) {
-    uvas_registry_set(record->base, record->id | UVAS_REGISTRY_HIDDEN);
+    uvas_registry_set(record->base, record->base + record->size, record->id | UVAS_REGISTRY_HIDDEN);
     unlink_record(record);
     count_release(record->space, record);
     uvas_record_poison(record);
@@ -599,7 +601,7 @@ int uvas_record_release(struct uvas_record *record) {
     if (rc < 0 && !poisoned) { /* as before: alive, findable */
         uvas_registry_lock();
         record->state = UVAS_LIVE;
-        uvas_registry_set(record->base, record->id);
+        uvas_registry_set(record->base, record->base + record->size, record->id);
         uvas_registry_wake();
         uvas_registry_unlock();
         return rc;
@@ -652,7 +654,7 @@ static struct uvas_record *begin_release(uvas_id id, bool retire, int *rc) {
     }
     record->space->working++;
     record->state = UVAS_RELEASING;
-    uvas_registry_set(record->base, record->id | UVAS_REGISTRY_HIDDEN);
+    uvas_registry_set(record->base, record->base + record->size, record->id | UVAS_REGISTRY_HIDDEN);
     while (record->pins > 0) {
         uvas_registry_wait();
     }

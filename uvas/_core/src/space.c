@@ -119,7 +119,7 @@ int uvas_space_close(uvas_id id) {
     while (rc == 0 && space->records) {
         struct uvas_record *record = space->records;
         record->state = UVAS_RELEASING;
-        uvas_registry_set(record->base, record->id | UVAS_REGISTRY_HIDDEN);
+        uvas_registry_set(record->base, record->base + record->size, record->id | UVAS_REGISTRY_HIDDEN);
         uvas_registry_unlock();
         rc = uvas_record_release(record);
         uvas_registry_lock();
