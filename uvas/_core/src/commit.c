@@ -111,7 +111,7 @@ void uvas_change_end(struct uvas_record *record, struct uvas_change *change) {
     *at = change->next;
     record->room_wanted -= 2;
     record->pins--;
-    uvas_space_leave_locked(record->space);
+    uvas_space_leave(record->space);
     uvas_registry_wake();
 }
 
@@ -127,6 +127,7 @@ struct plan {
 static int make_plan(struct uvas_record *record, const struct uvas_change *change, struct plan *plan) {
     plan->record = record;
     plan->parts = plan->few;
+    plan->count = 0;
     size_t room = sizeof plan->few / sizeof *plan->few, needed;
     for (;;) {
         uvas_registry_lock();
@@ -201,7 +202,8 @@ static bool hold_again(const struct plan *plan, const struct uvas_piece_entry *p
     uintptr_t at = where(plan, part), end = at + length(part), stray = 0;
     bool held = true;
     while (at < end) {
-        struct uvas_obstacle there = {0};
+        struct uvas_obstacle there;
+        uvas_no_obstacle(&there);
         bool some = uvas_maps_describe(at, end - at, &there) != 0;
         uintptr_t until = some ? there.base : end;
         if (at < until) {
@@ -399,7 +401,7 @@ static int commit_all(struct plan *plan, struct uvas_piece_entry *become, uint32
 
 int uvas_commit(uvas_id reservation, size_t offset, size_t size, uint32_t protection, uint32_t flags) {
     struct uvas_change change;
-    struct plan plan = {0};
+    struct plan plan;
     bool poisoned = false;
     int rc;
     if (protection & ~(uint32_t)PROTECTIONS) {
@@ -543,7 +545,7 @@ static bool loses_nothing(const struct plan *plan) { /* when its mappings are ta
 
 int uvas_decommit(uvas_id reservation, size_t offset, size_t size) {
     struct uvas_change change;
-    struct plan plan = {0};
+    struct plan plan;
     bool poisoned = false;
     size_t devices = 0;
     int rc;
@@ -592,7 +594,7 @@ int uvas_decommit(uvas_id reservation, size_t offset, size_t size) {
 
 int uvas_protect(uvas_id reservation, size_t offset, size_t size, uint32_t protection) {
     struct uvas_change change;
-    struct plan plan = {0};
+    struct plan plan;
     bool poisoned = false;
     int rc;
     if (protection & ~(uint32_t)PROTECTIONS) {

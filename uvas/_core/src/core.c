@@ -170,7 +170,6 @@ static struct uvas_space *living_space(uvas_id id) {
 }
 
 struct uvas_space *uvas_space_enter(uvas_id id) {
-    uvas_registry_lock();
     struct uvas_space *space;
     while ((space = living_space(id)) && space->exclusive) {
         uvas_registry_wait();
@@ -178,17 +177,10 @@ struct uvas_space *uvas_space_enter(uvas_id id) {
     if (space) {
         space->working++;
     }
-    uvas_registry_unlock();
     return space;
 }
 
 void uvas_space_leave(struct uvas_space *space) {
-    uvas_registry_lock();
-    uvas_space_leave_locked(space);
-    uvas_registry_unlock();
-}
-
-void uvas_space_leave_locked(struct uvas_space *space) {
     assert(space->working > 0);
     if (--space->working == 0 && space->exclusive) {
         uvas_registry_wake();

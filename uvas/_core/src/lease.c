@@ -87,13 +87,17 @@ static int lease_on(uvas_id id, size_t offset, size_t size, struct uvas_lease *l
 
 int uvas_lease(uvas_id reservation, size_t offset, size_t size, uvas_id *out) {
     int rc = uvas_core_ready();
-    struct uvas_lease *lease = rc < 0 ? NULL : uvas_slots_take(&uvas_lease_slots);
-    if (!lease) {
-        return rc < 0 ? rc : uvas_fail_memory(0, sizeof *lease, "the host");
+    if (rc < 0) {
+        return rc;
     }
     uvas_id id = 0;
     uvas_registry_lock();
     uvas_leases_drain();
+    struct uvas_lease *lease = uvas_slots_take(&uvas_lease_slots);
+    if (!lease) {
+        uvas_registry_unlock();
+        return uvas_fail_memory(0, sizeof *lease, "the host");
+    }
     rc = lease_on(reservation, offset, size, lease);
     if (rc == 0) {
         id = uvas_slots_name(&uvas_lease_slots, &lease->slot);

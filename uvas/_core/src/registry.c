@@ -402,16 +402,15 @@ struct trail {
     struct leaf *leaf;
 };
 
-static struct trail trail_to(uintptr_t end) {
-    struct trail trail = {.depth = 0};
+static void trail_to(uintptr_t end, struct trail *out) {
     struct node *node = root;
+    out->depth = 0;
     while (node->kind == INNER) {
         size_t i = inner_rank(as_inner(node), end - 1);
-        trail.steps[trail.depth++] = (struct step){as_inner(node), i};
+        out->steps[out->depth++] = (struct step){as_inner(node), i};
         node = as_inner(node)->child[i];
     }
-    trail.leaf = as_leaf(node);
-    return trail;
+    out->leaf = as_leaf(node);
 }
 
 static size_t leaf_count(const struct leaf *leaf) {
@@ -517,7 +516,8 @@ int uvas_registry_insert(uintptr_t base, uintptr_t end, uint64_t value, struct u
         publish(&root, &new_leaf(&fresh, 1)->node);
         return 0;
     }
-    struct trail trail = trail_to(end);
+    struct trail trail;
+    trail_to(end, &trail);
     size_t count = read_leaf(trail.leaf, entries), at = leaf_rank(trail.leaf, end);
     memmove(&entries[at + 1], &entries[at], (count - at) * sizeof *entries);
     entries[at] = fresh;
@@ -599,7 +599,8 @@ static void shrink(const struct trail *trail, uint32_t depth, struct node *old, 
 
 void uvas_registry_remove(uintptr_t base, uintptr_t end) {
     struct uvas_entry entries[LEAF_ENTRIES];
-    struct trail trail = trail_to(end);
+    struct trail trail;
+    trail_to(end, &trail);
     size_t count = read_leaf(trail.leaf, entries), at = leaf_rank(trail.leaf, end - 1);
     assert(at < count && entries[at].base == base && entries[at].end == end);
     (void)base;
@@ -610,7 +611,8 @@ void uvas_registry_remove(uintptr_t base, uintptr_t end) {
 }
 
 void uvas_registry_set(uintptr_t base, uintptr_t end, uint64_t value) {
-    struct trail trail = trail_to(end);
+    struct trail trail;
+    trail_to(end, &trail);
     size_t at = leaf_rank(trail.leaf, end - 1);
     assert(at < LEAF_ENTRIES && get(&trail.leaf->base[at]) == base && get(&trail.leaf->end[at]) == end);
     (void)base;

@@ -59,21 +59,24 @@ static void quarantine_add(struct uvas_record *record) { /* under the lock */
     quarantine_length++;
 }
 
-/* Under the lock: out of the registry, its id dead, its parts let go. The caller frees record->pieces.list after it has dropped the lock. */
-static void forget_record(struct uvas_record *record) {
+struct remains { /* of a record that was forgotten */
+    struct uvas_piece_entry *pieces, *fills;
+};
+
+/* Under the lock: out of the registry, its id dead, its parts let go. The remains are to be buried. */
+static struct remains forget_record(struct uvas_record *record) {
+    struct remains remains = {record->pieces.list, record->fills.list};
     uvas_registry_remove(record->base, record->base + record->size);
     uvas_pieces_drop(&record->pieces);
     uvas_file_drop(record->file);
     uvas_slots_give(&uvas_record_slots, &record->slot);
+    return remains;
 }
 
-static void finish(struct uvas_record *record) {
-    struct uvas_piece_entry *pieces = record->pieces.list, *fills = record->fills.list;
-    uvas_registry_lock();
-    forget_record(record);
-    uvas_registry_unlock();
-    free(pieces);
-    free(fills);
+/* Without the lock: to free and to close may ask the kernel. */
+static void bury(struct remains remains) {
+    free(remains.pieces);
+    free(remains.fills);
     uvas_files_close();
 }
 
@@ -89,7 +92,10 @@ void uvas_quarantine_sweep(void) {
     }
     uvas_registry_unlock();
     if (record && unmap_held(record) == 0) {
-        finish(record);
+        uvas_registry_lock();
+        struct remains remains = forget_record(record);
+        uvas_registry_unlock();
+        bury(remains);
         uvas_quarantine_sweep();
     } else if (record) {
         uvas_registry_lock();
@@ -113,8 +119,12 @@ uint64_t uvas_quarantine_bytes(void) {
 
 /* A mapping of ours that the kernel moved and would not take back. If even the note of it cannot be made, it stays mapped, by nobody's name. */
 static void quarantine_stray(uintptr_t base, size_t size) {
+    if (uvas_registry_lock_for_insert() < 0) {
+        return;
+    }
     struct uvas_record *record = uvas_slots_take(&uvas_record_slots);
-    if (!record || uvas_registry_lock_for_insert() < 0) {
+    if (!record) {
+        uvas_registry_unlock();
         return;
     }
     record->base = base;
@@ -162,7 +172,7 @@ static int hold_on_host(struct uvas_record *record, struct uvas_obstacle *obstac
             return -EEXIST;
         }
         if (tries + 1 == SAME_PLACE_TRIES) {
-            *obstacle = (struct uvas_obstacle){0};
+            uvas_no_obstacle(obstacle);
             strcpy(obstacle->owner, rc == UVAS_VM_MOVED ? "moved by the kernel" : "somebody who came and went");
             return rc == -ENOMEM ? uvas_limits_explain(record->base, record->size) : -EEXIST;
         }
@@ -187,7 +197,8 @@ static int fill_around_driver(struct uvas_record *record, struct uvas_obstacle *
     record->owned = true;
     record->tagged = false; /* a range that a driver owns carries no tag */
     for (size_t at = 0; at < record->size;) {
-        struct uvas_obstacle seen = {0};
+        struct uvas_obstacle seen;
+        uvas_no_obstacle(&seen);
         size_t start = record->size, end = record->size;
         if (uvas_maps_describe(record->base + at, record->size - at, &seen)) {
             start = seen.base > record->base + at ? seen.base - record->base : at;
@@ -231,6 +242,7 @@ static bool host_keeps(struct uvas_record *record) {
 struct attempt {
     bool poisoned;  /* an undo failed on a device */
     bool kept;      /* an undo failed on the host: to the quarantine */
+    bool on_host;   /* the last refusal was the host's: somebody's mapping is in the way */
 };
 
 /* Step 2. 0, or with everything undone: -EEXIST with *obstacle, or what is said. */
@@ -238,11 +250,13 @@ static int act(struct uvas_record *record, struct uvas_obstacle *obstacle, struc
     record->held_end = 0;
     record->tagged = record->space->tag >= 0;
     record->fills.count = 0;
+    attempt->on_host = false;
     int rc = uvas_party_claim_owner(record, obstacle);
     if (rc != 0) {
         return rc;
     }
     rc = uvas_space_owner(record->space) ? fill_around_driver(record, obstacle) : hold_on_host(record, obstacle);
+    attempt->on_host = rc != 0;
     if (rc == 0) {
         rc = uvas_party_claim(record, obstacle, &attempt->poisoned);
     }
@@ -357,8 +371,9 @@ static int understand(const struct uvas_space *space, size_t size, const struct 
 /* ---- at one place, or searching --------------------------------------------------------------------------------------------------------------------------- */
 
 static int reserve_at(struct uvas_record *record, uintptr_t at, struct attempt *attempt) {
-    struct uvas_obstacle obstacle = {0};
+    struct uvas_obstacle obstacle;
     bool from_registry;
+    uvas_no_obstacle(&obstacle);
     if (uvas_search_growth_room(at, record->size, &obstacle)) {
         return uvas_fail_in_use(at, record->size, &obstacle);
     }
@@ -383,19 +398,21 @@ static int exhausted(const struct demand *demand, const struct uvas_tried *tried
                          count ? tried[(count - 1) % UVAS_TRIED_MAX].reason : "");
 }
 
-static int reserve_searching(struct uvas_record *record, const struct demand *demand, uintptr_t frontier, struct attempt *attempt) {
+static int reserve_searching(struct uvas_record *record, const struct demand *demand, struct uvas_recent *recent, struct attempt *attempt) {
     struct uvas_tried tried[UVAS_TRIED_MAX];
     uint32_t count = 0, acted = 0;
-    struct uvas_search search = {.low = demand->low, .high = demand->high, .size = demand->size, .align = demand->align, .frontier = frontier,
-                                 .any_window = demand->any_window};
+    bool again = recent->low == demand->low && recent->high == demand->high;
+    struct uvas_search search = {.low = demand->low, .high = demand->high, .size = demand->size, .align = demand->align,
+                                 .frontier = again ? recent->frontier : 0, .quiet = again ? recent->quiet : 0, .any_window = demand->any_window};
     uintptr_t candidate;
     int rc = -ENOSPC;
     if (demand->high <= demand->low || demand->high - demand->low < demand->size) {
         return exhausted(demand, NULL, 0, false);
     }
     while (acted < record->space->attempts && count < UVAS_REGISTRY_TRIES * record->space->attempts && uvas_search_next(&search, &candidate)) {
-        struct uvas_obstacle obstacle = {0};
+        struct uvas_obstacle obstacle;
         bool from_registry;
+        uvas_no_obstacle(&obstacle);
         rc = try_at(record, candidate, &obstacle, &from_registry, attempt);
         acted += !from_registry;
         if (rc != -EEXIST || attempt->poisoned || attempt->kept) {
@@ -404,10 +421,11 @@ static int reserve_searching(struct uvas_record *record, const struct demand *de
         struct uvas_tried *last = &tried[count++ % UVAS_TRIED_MAX];
         last->base = candidate;
         (void)snprintf(last->reason, sizeof last->reason, "%.71s", obstacle.owner);
-        uvas_search_refused(&search, candidate, &obstacle, true);
+        uvas_search_refused(&search, candidate, &obstacle, attempt->on_host && !from_registry);
         rc = -ENOSPC;
     }
     uvas_search_end(&search);
+    *recent = (struct uvas_recent){demand->low, demand->high, record->base, search.quiet};
     return rc == -ENOSPC ? exhausted(demand, tried, count, acted >= record->space->attempts) : rc;
 }
 
@@ -431,11 +449,16 @@ static void unlink_record(struct uvas_record *record) { /* under the lock */
     }
 }
 
-static struct uvas_record *make_record(struct uvas_space *space, uint32_t kind, size_t size, const char *name) {
+/* Enters the space and puts a new record into its list. Under the lock, which it may drop and take again. */
+static int make_record(uvas_id space_id, uint32_t kind, size_t size, const char *name, struct uvas_record **out) {
+    struct uvas_space *space = uvas_space_enter(space_id);
+    if (!space) {
+        return -ESTALE;
+    }
     struct uvas_record *record = uvas_slots_take(&uvas_record_slots);
     if (!record) {
-        (void)uvas_fail_memory(0, size, "the host");
-        return NULL;
+        uvas_space_leave(space);
+        return uvas_fail_memory(0, size, "the host");
     }
     record->kind = kind;
     record->state = UVAS_RESERVING;
@@ -444,26 +467,23 @@ static struct uvas_record *make_record(struct uvas_space *space, uint32_t kind, 
     if (name) { /* the record is zeroed */
         (void)snprintf(record->name, sizeof record->name, "%s", name);
     }
-    return record;
+    record->id = uvas_slots_name(&uvas_record_slots, &record->slot);
+    link_record(record);
+    *out = record;
+    return 0;
 }
 
-static void publish(struct uvas_record *record, const struct demand *demand) {
+/* Under the lock. */
+static void publish(struct uvas_record *record) {
     struct uvas_space *space = record->space;
     bool adopted = record->kind == UVAS_ADOPTION;
-    uvas_registry_lock();
     record->state = UVAS_LIVE;
     uvas_registry_set(record->base, record->base + record->size, record->id | (adopted ? UVAS_REGISTRY_FOREIGN : 0));
     space->stats.adoptions += adopted;
     space->stats.reservations += !adopted;
     space->stats.reserves += !adopted;
     space->stats.reserved_bytes += adopted ? 0 : record->size;
-    if (demand && !demand->at) {
-        space->recent.low = demand->low;
-        space->recent.high = demand->high;
-        space->recent.frontier = record->base;
-    }
-    uvas_space_leave_locked(space);
-    uvas_registry_unlock();
+    uvas_space_leave(space);
 }
 
 /* Nothing was reserved; what could not be undone stays in the registry, hidden. */
@@ -480,7 +500,7 @@ static int give_up(struct uvas_record *record, const struct attempt *attempt, in
     } else {
         uvas_slots_give(&uvas_record_slots, &record->slot);
     }
-    uvas_space_leave_locked(space);
+    uvas_space_leave(space);
     uvas_registry_unlock();
     free(fills);
     return rc;
@@ -498,34 +518,35 @@ void uvas_record_poison(struct uvas_record *record) {
 
 int uvas_reserve(uvas_id space_id, size_t size, const struct uvas_where *where, struct uvas_reservation *out) {
     struct demand demand;
-    struct attempt attempt = {false, false};
+    struct attempt attempt = {false, false, false};
     int rc = uvas_core_ready();
     if (rc < 0) {
         return rc;
     }
-    struct uvas_space *space = uvas_space_enter(space_id);
-    if (!space) {
-        return -ESTALE;
-    }
     uvas_quarantine_sweep();
-    rc = understand(space, size, where, &demand);
-    struct uvas_record *record = rc < 0 ? NULL : make_record(space, UVAS_RESERVATION, demand.size, where ? where->name : NULL);
-    if (!record) {
-        uvas_space_leave(space);
-        return rc < 0 ? rc : -ENOMEM;
-    }
+    struct uvas_record *record;
     uvas_registry_lock();
-    record->id = uvas_slots_name(&uvas_record_slots, &record->slot);
-    link_record(record);
-    bool same_window = space->recent.low == demand.low && space->recent.high == demand.high;
-    uintptr_t frontier = same_window ? space->recent.frontier : 0;
+    rc = make_record(space_id, UVAS_RESERVATION, size, where ? where->name : NULL, &record);
+    struct uvas_recent recent = rc < 0 ? (struct uvas_recent){0} : record->space->recent;
     uvas_registry_unlock();
-    rc = demand.at ? reserve_at(record, demand.at, &attempt) : reserve_searching(record, &demand, frontier, &attempt);
+    if (rc < 0) {
+        return rc;
+    }
+    rc = understand(record->space, size, where, &demand);
+    if (rc == 0) {
+        record->size = demand.size;
+        rc = demand.at ? reserve_at(record, demand.at, &attempt) : reserve_searching(record, &demand, &recent, &attempt);
+    }
     if (rc < 0) {
         return give_up(record, &attempt, rc);
     }
     struct uvas_reservation made = {.id = record->id, .base = record->base, .size = record->size};
-    publish(record, &demand);
+    uvas_registry_lock();
+    if (!demand.at) {
+        record->space->recent = recent;
+    }
+    publish(record);
+    uvas_registry_unlock();
     *out = made;
     return 0;
 }
@@ -541,30 +562,29 @@ int uvas_adopt(uvas_id space_id, uintptr_t base, size_t size, const char *owner,
         return uvas_fail_invalid("[0x%lx, +0x%zx) cannot be adopted: base and size are multiples of 0x%zx, not 0, inside %u bits", base, size,
                                  page, uvas_vm_platform.address_bits);
     }
-    struct uvas_space *space = uvas_space_enter(space_id);
-    if (!space) {
-        return -ESTALE;
+    struct uvas_record *record;
+    uvas_registry_lock();
+    rc = make_record(space_id, UVAS_ADOPTION, size, owner, &record);
+    uvas_registry_unlock();
+    if (rc < 0) {
+        return rc;
     }
-    struct uvas_record *record = make_record(space, UVAS_ADOPTION, size, owner);
-    if (!record || uvas_registry_lock_for_insert() < 0) {
-        uvas_space_leave(space);
-        return uvas_fail_memory(base, size, "the host");
+    const struct attempt nothing_done = {false, false, false};
+    if (uvas_registry_lock_for_insert() < 0) {
+        return give_up(record, &nothing_done, uvas_fail_memory(base, size, "the host"));
     }
     struct uvas_entry taken;
     record->base = base;
-    record->id = uvas_slots_name(&uvas_record_slots, &record->slot);
     rc = uvas_registry_insert(base, base + size, record->id | UVAS_REGISTRY_HIDDEN, &taken);
-    if (rc < 0) {
-        uvas_slots_give(&uvas_record_slots, &record->slot);
-        uvas_space_leave_locked(space);
-        uvas_registry_unlock();
-        struct uvas_obstacle obstacle = uvas_describe_entry(&taken);
-        return uvas_fail_in_use(base, size, &obstacle);
-    }
-    link_record(record);
-    uvas_registry_unlock();
     struct uvas_reservation made = {.id = record->id, .base = base, .size = size};
-    publish(record, NULL);
+    if (rc == 0) {
+        publish(record);
+    }
+    uvas_registry_unlock();
+    if (rc < 0) {
+        struct uvas_obstacle obstacle = uvas_describe_entry(&taken);
+        return give_up(record, &nothing_done, uvas_fail_in_use(base, size, &obstacle));
+    }
     *out = made;
     return 0;
 }
@@ -603,6 +623,7 @@ int uvas_record_release(struct uvas_record *record) {
         record->state = UVAS_LIVE;
         uvas_registry_set(record->base, record->base + record->size, record->id);
         uvas_registry_wake();
+        uvas_space_leave(space);
         uvas_registry_unlock();
         return rc;
     }
@@ -611,6 +632,7 @@ int uvas_record_release(struct uvas_record *record) {
         rc = uvas_fail_device(record->base, record->size, space->parties[0]->name, "unclaim", -EIO);
         poisoned = true;
     }
+    struct remains remains = {NULL, NULL};
     uvas_registry_lock();
     unlink_record(record);
     count_release(space, record);
@@ -618,13 +640,14 @@ int uvas_record_release(struct uvas_record *record) {
         uvas_record_poison(record);
     } else if (kept) {
         quarantine_add(record);
+    } else {
+        remains = forget_record(record);
     }
     space->stats.releases += reservation && !poisoned;
     uvas_registry_wake();
+    uvas_space_leave(space);
     uvas_registry_unlock();
-    if (!poisoned && !kept) {
-        finish(record);
-    }
+    bury(remains);
     return rc;
 }
 
@@ -669,11 +692,9 @@ static int release(uvas_id id, bool retire) {
     }
     uvas_registry_lock();
     struct uvas_record *record = begin_release(id, retire, &rc);
-    struct uvas_space *space = record ? record->space : NULL;
     uvas_registry_unlock();
     if (record) {
         rc = uvas_record_release(record);
-        uvas_space_leave(space);
     }
     uvas_quarantine_sweep();
     return rc;

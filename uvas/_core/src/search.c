@@ -222,12 +222,17 @@ static int below(struct uvas_search *search, uintptr_t top, uintptr_t *candidate
         if (!base) {
             return 0;
         }
-        struct span known = known_obstacle(search, base, base + search->size);
-        if (known.start == base + search->size) {
+        uintptr_t end = base + search->size;
+        struct span known = known_obstacle(search, base, end);
+        if (known.start == end) {
             const char *whose = NULL;
-            (void)growth_room(base, base + search->size, &whose);
+            (void)growth_room(base, end, &whose);
+            if (whose || (end != search->quiet && !quiet_above(search, end))) {
+                return 0;
+            }
+            search->quiet = end;
             *candidate = base;
-            return !whose && quiet_above(search, base + search->size);
+            return 1;
         }
         top = known.start;
     }
@@ -245,15 +250,9 @@ static uintptr_t spread_place(const struct uvas_search *search) {
     return search->low + (search->high - search->low) / 4 * quarters[search->spread];
 }
 
-static bool forget_what_may_have_passed(struct uvas_search *search) {
-    size_t kept = 0;
-    for (size_t i = 0; i < search->refused.count; i++) {
-        if (!search->refused.list[i].may_pass) {
-            search->refused.list[kept++] = search->refused.list[i];
-        }
-    }
-    bool some = kept < search->refused.count;
-    search->refused.count = kept;
+static bool forget_refusals(struct uvas_search *search) {
+    bool some = search->refused.count > 0;
+    search->refused.count = 0;
     return some;
 }
 
@@ -289,7 +288,7 @@ int uvas_search_next(struct uvas_search *search, uintptr_t *candidate) {
             return 1;
         }
         search->position = 0;
-    } while (forget_what_may_have_passed(search) && ++search->rounds < UVAS_SEARCH_ROUNDS);
+    } while (forget_refusals(search) && ++search->rounds < UVAS_SEARCH_ROUNDS);
     return 0;
 }
 
@@ -306,7 +305,7 @@ static bool widen(struct uvas_search *search) {
     return list != NULL;
 }
 
-void uvas_search_refused(struct uvas_search *search, uintptr_t candidate, const struct uvas_obstacle *obstacle, bool may_pass) {
+void uvas_search_refused(struct uvas_search *search, uintptr_t candidate, const struct uvas_obstacle *obstacle, bool on_host) {
     uintptr_t start = obstacle->base, end = obstacle->base + obstacle->size;
     bool explained = obstacle->size != 0 && start < candidate + search->size && candidate < end;
     if (!explained) {
@@ -316,13 +315,16 @@ void uvas_search_refused(struct uvas_search *search, uintptr_t candidate, const 
         end = align_up(candidate + search->size, pace);
     }
     search->unexplained = explained ? 0 : search->unexplained + 1;
+    if (explained && on_host) {
+        start = start > ROOM_BELOW_FOREIGN ? start - ROOM_BELOW_FOREIGN : 0;
+        search->quiet = start >= candidate ? start : search->quiet; /* between the two is nothing, or it would have been the lowest */
+    }
     if (search->stage <= STAGE_SPREAD && search->spread < UVAS_SEARCH_SPREAD) {
         search->spread += search->stage == STAGE_SPREAD; /* the next place, rather than the next hole here */
     }
     if (widen(search)) {
         search->refused.list[search->refused.count].start = start;
-        search->refused.list[search->refused.count].end = end;
-        search->refused.list[search->refused.count++].may_pass = may_pass;
+        search->refused.list[search->refused.count++].end = end;
     } else {
         search->stage = STAGE_WALK; /* no memory to remember it: at least do not come here again */
         search->position = end;

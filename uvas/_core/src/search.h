@@ -6,7 +6,7 @@
  *
  *   1. below the place where the last search in this window ended: no question to the kernel if what lies above is ours
  *   2. in a window that the caller did not choose: below a fixed place far from where the kernel puts things
- *   3. the top of each hole, from the low end of the window upwards; when the holes are out and some refusals may have passed (somebody was
+ *   3. the top of each hole, from the low end of the window upwards; when the holes are out and there were refusals (somebody may have been
  *      there and left), again, UVAS_SEARCH_ROUNDS times in all
  */
 #ifndef UVAS_SEARCH_H
@@ -24,23 +24,24 @@ struct uvas_search {
     uintptr_t low, high; /* the window; high is exclusive */
     size_t size, align;
     uintptr_t frontier;  /* where the last search ended, or 0 */
+    uintptr_t quiet;     /* the address above which nobody was last seen who may grow down, or 0: not asked again while candidates end there */
     bool any_window;
     uint32_t stage, tries, spread, rounds, queries;
     uintptr_t position;  /* of the walk */
     struct uvas_maps maps;
     bool maps_open, maps_broken;
     struct uvas_range_list { /* refusals of this search */
-        struct { uintptr_t start, end; bool may_pass; } *list;
+        struct { uintptr_t start, end; } *list;
         size_t count, capacity;
     } refused;
     uint32_t unexplained; /* refusals in a row that nobody could explain */
 };
 
-/* The caller sets low, high, size, align, frontier and any_window in a zeroed search. */
+/* The caller sets low, high, size, align, frontier, quiet and any_window in a zeroed search. */
 /* The next candidate: 1, or 0: out of holes. */
 int uvas_search_next(struct uvas_search *search, uintptr_t *candidate);
-/* The candidate was refused; *obstacle (size 0: unknown) is in the way. may_pass: it may be gone next time. */
-void uvas_search_refused(struct uvas_search *search, uintptr_t candidate, const struct uvas_obstacle *obstacle, bool may_pass);
+/* The candidate was refused; *obstacle (size 0: unknown) is in the way. on_host: it is the lowest mapping there of somebody else. */
+void uvas_search_refused(struct uvas_search *search, uintptr_t candidate, const struct uvas_obstacle *obstacle, bool on_host);
 void uvas_search_end(struct uvas_search *search);
 
 /* "[stack] growth room" or "[heap] growth room" if [base, base + size) cuts into it, with the range; 0 otherwise. */

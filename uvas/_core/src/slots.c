@@ -47,22 +47,17 @@ static void add_chunk(struct uvas_slots *slots, char *chunk) {
 }
 
 void *uvas_slots_take(struct uvas_slots *slots) {
-    uvas_registry_lock();
     struct uvas_slot *slot = pop_free(slots);
-    uvas_registry_unlock();
     if (!slot) {
+        uvas_registry_unlock();
         char *chunk = calloc(UVAS_SLOTS_CHUNK, slots->record_bytes); /* outside the lock: it may ask the kernel */
-        if (!chunk) {
-            return NULL;
-        }
         uvas_registry_lock();
         bool room = slots->made < UVAS_SLOTS_CHUNKS_MAX;
-        if (room) {
+        if (chunk && room) {
             add_chunk(slots, chunk);
         }
         slot = pop_free(slots);
-        uvas_registry_unlock();
-        if (!room) {
+        if (chunk && !room) { /* rare enough to free it under the lock: 16 million records live */
             free(chunk);
         }
     }

@@ -34,7 +34,8 @@ struct uvas_slots {
     struct uvas_slot *free_first, *free_last; /* first in, first out: an index comes back late; under the lock */
 };
 
-/* A record that is nobody's, its id still 0, all but its head zeroed; NULL: no memory. Takes and drops the core's lock. */
+/* A record that is nobody's, its id still 0, all but its head zeroed; NULL: no memory. Under the lock, which it drops and takes again where it
+ * makes a chunk. */
 void *uvas_slots_take(struct uvas_slots *slots);
 /* Names it: from now on uvas_slots_get finds it. Under the lock. */
 uvas_id uvas_slots_name(struct uvas_slots *slots, struct uvas_slot *slot);

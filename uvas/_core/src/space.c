@@ -56,9 +56,14 @@ static int describe_space(const struct uvas_space_options *options, struct uvas_
 int uvas_space_open(const struct uvas_space_options *options, uvas_id *out) {
     const struct uvas_space_options defaults = {0};
     int rc = uvas_core_ready();
-    struct uvas_space *space = rc < 0 ? NULL : uvas_slots_take(&uvas_space_slots);
+    if (rc < 0) {
+        return rc;
+    }
+    uvas_registry_lock();
+    struct uvas_space *space = uvas_slots_take(&uvas_space_slots);
+    uvas_registry_unlock();
     if (!space) {
-        return rc < 0 ? rc : uvas_fail_memory(0, sizeof *space, "the host");
+        return uvas_fail_memory(0, sizeof *space, "the host");
     }
     rc = describe_space(options ? options : &defaults, space);
     uvas_registry_lock();
@@ -120,6 +125,7 @@ int uvas_space_close(uvas_id id) {
         struct uvas_record *record = space->records;
         record->state = UVAS_RELEASING;
         uvas_registry_set(record->base, record->base + record->size, record->id | UVAS_REGISTRY_HIDDEN);
+        space->working++;
         uvas_registry_unlock();
         rc = uvas_record_release(record);
         uvas_registry_lock();
@@ -231,9 +237,14 @@ static void remove_party(struct uvas_space *space, uint32_t at) {
 int uvas_attach(uvas_id space_id, const struct uvas_device *device, uvas_id *out) {
     int rc = uvas_core_ready();
     rc = rc < 0 ? rc : sound(device);
-    struct uvas_party *party = rc < 0 ? NULL : uvas_slots_take(&uvas_party_slots);
+    if (rc < 0) {
+        return rc;
+    }
+    uvas_registry_lock();
+    struct uvas_party *party = uvas_slots_take(&uvas_party_slots);
+    uvas_registry_unlock();
     if (!party) {
-        return rc < 0 ? rc : uvas_fail_memory(0, sizeof *party, "the host");
+        return uvas_fail_memory(0, sizeof *party, "the host");
     }
     party->device = *device;
     (void)snprintf(party->name, sizeof party->name, "%s", device->name ? device->name : "(unnamed)");

@@ -84,6 +84,11 @@ struct uvas_party { /* a device as attached; written under the lock while the sp
     char name[UVAS_NAME_BYTES];
 };
 
+struct uvas_recent { /* where the last search in some window ended: the next one in the same window goes on below it */
+    uintptr_t low, high, frontier;
+    uintptr_t quiet; /* as in struct uvas_search */
+};
+
 struct uvas_space {
     struct uvas_slot slot;
     char name[UVAS_NAME_BYTES];
@@ -99,9 +104,7 @@ struct uvas_space {
     struct uvas_party *parties[UVAS_DEVICES_MAX]; /* in the order of attach; an owner first */
     uint32_t party_count;
     struct uvas_record *records;
-    struct { /* where the last search in some window ended: the next one in the same window goes on below it */
-        uintptr_t low, high, frontier;
-    } recent;
+    struct uvas_recent recent;
     struct uvas_space_stats stats;
     struct uvas_space *next, *previous; /* in the list of all */
 };
@@ -114,11 +117,11 @@ int uvas_core_ready(void);
 extern struct uvas_slots uvas_space_slots, uvas_record_slots, uvas_party_slots, uvas_lease_slots;
 extern struct uvas_space *uvas_spaces; /* all that are open; under the lock */
 
-/* Into a space, for a call that works beside others, or alone. NULL, with the failure said: it is dead or closing. */
+/* Into a space, for a call that works beside others (under the lock, which waiting drops), or alone (takes the lock and drops it). NULL, with the
+ * failure said: it is dead or closing. */
 struct uvas_space *uvas_space_enter(uvas_id id);
-struct uvas_space *uvas_space_enter_alone(uvas_id id);
 void uvas_space_leave(struct uvas_space *space);
-void uvas_space_leave_locked(struct uvas_space *space);
+struct uvas_space *uvas_space_enter_alone(uvas_id id);
 void uvas_space_leave_alone(struct uvas_space *space);
 
 /* -- space.c -- */
@@ -152,7 +155,8 @@ bool uvas_space_owner(const struct uvas_space *space);  /* its first device take
 void uvas_quarantine_sweep(void); /* tries again to give back what the kernel would not take */
 uint64_t uvas_quarantine_bytes(void); /* under the lock */
 void uvas_quarantine_forget(void); /* the child of a fork; under the lock */
-int uvas_record_release(struct uvas_record *record); /* the record is RELEASING, without pins; ends it */
+/* The record is RELEASING, without pins: ends it. Its space was entered, and is left. */
+int uvas_record_release(struct uvas_record *record);
 /* An undo failed: never used again, and the failure that is being said names it. Under the lock. */
 void uvas_record_poison(struct uvas_record *record);      /* off its space's list already */
 void uvas_record_poison_live(struct uvas_record *record);
