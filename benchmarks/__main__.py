@@ -1,0 +1,13 @@
+"""All benchmarks, then the report: ``python benchmarks [--quick]``, a few minutes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+for name in ("reserve", "find", "devices"):
+    subprocess.run([sys.executable, HERE / f"{name}.py", *sys.argv[1:]], check=True)
+subprocess.run([sys.executable, HERE / "report.py"], check=True)
