@@ -232,6 +232,8 @@ class Reservation(_Held):
         ------
         ValueError
             Not all of the part is committed, it is not inside the reservation, or there is no such protection.
+        PermissionError
+            It is a descriptor's that was not opened for that.
         DeviceError
             A device said no.
         ReleasedError

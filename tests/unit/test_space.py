@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from machine import ARENA, MIB, PAGE, Stranger, map_at, mappings
+from machine import ARENA, MIB, PAGE, Stranger, descriptors, map_at, mappings
 
 import uvas
 
@@ -165,6 +165,27 @@ def test_protections(space: uvas.AddressSpace) -> None:
         for nonsense in ("w", "", "rwxx"):
             with pytest.raises(ValueError, match="no protection"):
                 held.protect(0, PAGE, nonsense)
+
+
+def test_parts_of_one_file_need_one_descriptor(space: uvas.AddressSpace) -> None:
+    fd = os.memfd_create("file")
+    os.ftruncate(fd, 64 * PAGE)
+    reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    with space.reserve(64 * PAGE) as held:
+        held.map_fd(fd, offset=0, size=PAGE, fd_offset=0)
+        before = len(descriptors())
+        for page in range(2, 64, 2):
+            held.map_fd(fd, offset=page * PAGE, size=PAGE, fd_offset=page * PAGE)
+        assert len(descriptors()) == before
+        held.map_fd(reader, offset=PAGE, size=PAGE, fd_offset=PAGE, protection="r")
+        assert len(descriptors()) == before + 1  # it may not be written through, whatever is mapped next to it
+        with pytest.raises(PermissionError):
+            held.protect(PAGE, PAGE, "rw")
+        held.protect(2 * PAGE, PAGE, "rw")
+        space.check()
+    assert len(descriptors()) == before - 1
+    os.close(reader)
+    os.close(fd)
 
 
 def test_map_fd_shares_a_file(space: uvas.AddressSpace) -> None:

@@ -735,6 +735,9 @@ int uvas_map_fd(uvas_id reservation, const struct uvas_mapping *mapping) {
         let_go(file);
         return rc;
     }
+    uvas_registry_lock();
+    file = uvas_pieces_share(&record->pieces, file);
+    uvas_registry_unlock();
     struct uvas_piece_entry fresh = {.start = mapping->offset, .end = mapping->offset + size, .kind = UVAS_BACKING_DESCRIPTOR,
                                      .protection = mapping->protection, .shared = mapping->sharing == UVAS_SHARED,
                                      .offset = mapping->descriptor_offset, .file = file};

@@ -54,6 +54,23 @@ void uvas_files_forget(void) {
     doomed = NULL;
 }
 
+static bool maps_alike(const struct uvas_file *a, const struct uvas_file *b) {
+    return a->id.regular && b->id.regular && a->id.inode == b->id.inode && a->id.device_major == b->id.device_major &&
+           a->id.device_minor == b->id.device_minor && a->id.access == b->id.access && a->id.access >= 0;
+}
+
+struct uvas_file *uvas_pieces_share(const struct uvas_pieces *pieces, struct uvas_file *file) {
+    for (size_t i = 0; i < pieces->count; i++) {
+        struct uvas_file *there = pieces->list[i].file;
+        if (there && there != file && maps_alike(there, file)) {
+            there->references++;
+            uvas_file_drop(file);
+            return there;
+        }
+    }
+    return file;
+}
+
 /* ---- parts ---------------------------------------------------------------------------------------------------------------------------- */
 
 struct uvas_piece_entry *uvas_pieces_widen(struct uvas_pieces *pieces, struct uvas_piece_entry *list, size_t capacity) {

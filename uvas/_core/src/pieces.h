@@ -49,6 +49,9 @@ size_t uvas_pieces_after(const struct uvas_pieces *pieces, size_t offset);
 /* Makes [start, end) what `piece` says (its start and end are ignored), or nothing if NULL, and takes and drops references to files.
  * Needs room for two entries more; cannot fail. Under the lock. */
 void uvas_pieces_set(struct uvas_pieces *pieces, size_t start, size_t end, const struct uvas_piece_entry *piece);
+/* A file of these parts that maps as `file` does, with one more reference, instead of `file`, which is let go; else `file`. Many parts of one file
+ * need one descriptor, and neighbours are one part. O(n), under the lock. */
+struct uvas_file *uvas_pieces_share(const struct uvas_pieces *pieces, struct uvas_file *file);
 /* Lets go of everything. Under the lock; the caller frees the list. */
 void uvas_pieces_drop(struct uvas_pieces *pieces);
 /* Whether every byte of [start, end) is committed (neither lost nor guarded). */

@@ -353,6 +353,9 @@ int uvas_vm_identify(int fd, struct uvas_file_id *out) {
     out->inode = file.st_ino;
     out->device_major = major(file.st_dev);
     out->device_minor = minor(file.st_dev);
+    int status = fcntl(fd, F_GETFL);
+    out->access = status < 0 ? -1 : status & O_ACCMODE;
+    out->regular = S_ISREG(file.st_mode);
     out->block_size = (uint32_t)PAGE;
     if (fstatfs(fd, &system) == 0 && (uint64_t)system.f_type == HUGETLBFS_MAGIC_NUMBER) {
         out->block_size = (uint32_t)system.f_bsize;

@@ -31,6 +31,8 @@ struct uvas_file_id { /* tells whose a mapping is */
     uint64_t inode;
     uint32_t device_major;
     uint32_t device_minor;
+    int32_t access;      /* of the descriptor: O_RDONLY, O_RDWR, ... */
+    bool regular;        /* a file whose every descriptor reaches the same bytes; a device's may each have a state of its own */
     uint32_t block_size; /* what lengths of mappings of it are multiples of; the page size but for hugetlb */
 };
 
