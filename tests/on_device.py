@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -218,9 +219,13 @@ def reserve_there(address: int, size: int) -> None:
     kept.append((space, space.reserve(size, at=address, name="own")))
 
 
-def open_descriptors() -> int:
-    """Count what the worker has open."""
-    return len(os.listdir("/proc/self/fd"))
+def open_descriptors() -> list[str]:
+    """Tell what the worker has open."""
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of this look itself
+            links.append(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
+    return sorted(links)
 
 
 def start_a_grandchild() -> int:

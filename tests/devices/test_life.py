@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from pathlib import Path
 
@@ -249,12 +250,12 @@ def test_a_hundred_times():
 
 
 def test_the_worker_leaks_no_descriptor(device, space):
-    def use() -> int:
+    def use() -> list[str]:
         with space.reserve(16 * PAGE) as held:
             for i in range(0, 16, 2):
                 held.commit(i * PAGE, PAGE)
             held.decommit()
-        return device.run(on_device.open_descriptors)
+        return open_on(device)
 
     assert use() == use() == use()
 
@@ -621,46 +622,97 @@ def test_a_host_without_stderr(tmp_path):
 # ---- interrupts ------------------------------------------------------------------------------------------------------
 
 
-def test_interrupts_at_random_moments_cost_nothing(device, space):
-    """The main thread is interrupted while it claims and reads; nothing is left behind, and the device goes on."""
-    rounds = interrupted = 0
-    armed = False  # cleared by the handler: one interrupt raises once, and none outside the work
+class Interrupts:
+    """SIGINT at random moments of the main thread's work, which raises KeyboardInterrupt once for each, and only there.
 
-    def interrupt() -> None:
+    Parameters
+    ----------
+    one_at_a_time
+        The next one comes when the last one has raised; else two may meet one call.
+    """
+
+    def __init__(self, one_at_a_time: bool) -> None:
+        self._one_at_a_time = one_at_a_time
+        self._raised = threading.Event()
+        self._armed = False
+        self.thread = threading.Thread(target=self._send)
+
+    def _send(self) -> None:
         pause, deadline = 0.0001, time.monotonic() + 3
         while time.monotonic() < deadline:
             time.sleep(pause)
+            self._raised.clear()
             os.kill(os.getpid(), signal.SIGINT)
+            if self._one_at_a_time:
+                self._raised.wait(1)
             pause = 0.0001 + (pause * 7919) % 0.003
         time.sleep(0.1)  # until the last one has been delivered
 
-    def on_interrupt(_number: int, _frame: object) -> None:
-        nonlocal armed
-        if armed:
-            armed = False
+    def _handle(self, _number: int, _frame: object) -> None:
+        self._raised.set()
+        if self._armed:
+            self._armed = False
             raise KeyboardInterrupt
 
+    def during(self, work: Callable[[], object]) -> tuple[int, int]:
+        """Do the work again and again; return how often, and how often it was interrupted."""
+        rounds = interrupted = 0
+        ordinary = signal.signal(signal.SIGINT, self._handle)
+        self.thread.start()
+        while self.thread.is_alive():
+            try:
+                self._armed = True
+                rounds += 1
+                work()
+                self._armed = False
+            except KeyboardInterrupt:
+                interrupted += 1
+        signal.signal(signal.SIGINT, ordinary)
+        return rounds, interrupted
+
+
+def test_interrupts_at_random_moments_cost_nothing(device, space):
+    """The main thread is interrupted while it claims and reads; nothing is left behind, and the device goes on."""
     base = free_base(space)
-    before = device.run(on_device.open_descriptors)
-    ordinary = signal.signal(signal.SIGINT, on_interrupt)
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    while thread.is_alive():
-        try:
-            armed = True
-            rounds += 1
-            device.read(device_page(device), 8)
-            device.submit(on_device.double, 1)
-            armed = False
-        except KeyboardInterrupt:
-            interrupted += 1
-    signal.signal(signal.SIGINT, ordinary)
+    before = open_on(device)
+
+    def work() -> None:
+        device.read(device_page(device), 8)
+        device.submit(on_device.double, 1)
+
+    rounds, interrupted = Interrupts(one_at_a_time=True).during(work)
     assert interrupted > 10
     assert rounds > interrupted
     assert device.run(on_device.double, 21) == 42
-    assert device.run(on_device.open_descriptors) == before
+    assert open_on(device) == before
     with space.reserve(PAGE, at=base):
         pass
+
+
+def test_a_second_interrupt_breaks_off_and_never_hangs():
+    """It may come in the middle of a message: then the device is given up, by a typed error, and a new one works."""
+    device = uvas.ProcessDevice()
+
+    def work() -> None:
+        nonlocal device
+        try:
+            device.read(device_page(device), 8)
+            device.submit(on_device.double, 1)
+        except (uvas.DeviceLostError, uvas.ReleasedError):
+            device.close()
+            device = uvas.ProcessDevice()
+
+    rounds, interrupted = Interrupts(one_at_a_time=False).during(work)
+    assert interrupted > 10
+    assert rounds > interrupted
+    device.close()
+    with uvas.ProcessDevice() as fresh:
+        assert fresh.run(on_device.double, 21) == 42
+
+
+def open_on(device: uvas.ProcessDevice) -> list[str]:
+    """What the worker has open, but for the pidfd of the thread that waits for its parent, which it opens some time."""
+    return [one for one in device.run(on_device.open_descriptors) if "pidfd" not in one]
 
 
 def free_base(space: uvas.AddressSpace) -> int:

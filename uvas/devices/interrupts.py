@@ -12,11 +12,16 @@ __all__ = ["held_back"]
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def held_back(*, even_a_second: bool = False) -> Iterator[None]:
     """Let an interrupt wait until the end of the block, where it raises what it would have raised at once.
 
-    A second interrupt does not wait: the block may be waiting for somebody who never answers. Python runs signal
-    handlers on the main thread only, so on others there is nothing to do.
+    Python runs signal handlers on the main thread only, so on others there is nothing to do.
+
+    Parameters
+    ----------
+    even_a_second
+        For blocks that wait for nobody. Elsewhere a second interrupt does not wait: the block may be waiting for
+        somebody who never answers.
     """
     if threading.get_ident() != threading.main_thread().ident:
         yield
@@ -30,7 +35,7 @@ def held_back() -> Iterator[None]:
 
     def wait(number: int, frame: FrameType | None) -> None:
         came.append(frame)
-        if len(came) > 1:
+        if len(came) > 1 and not even_a_second:
             handler(number, frame)
 
     signal.signal(signal.SIGINT, wait)
@@ -38,5 +43,5 @@ def held_back() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if len(came) == 1:
+        if len(came) == 1 or (came and even_a_second):
             handler(signal.SIGINT, came[0])

@@ -56,7 +56,7 @@ class Link:
         self._hello: BaseException | None = None
         self._complaints = ""
         self._ended = threading.Event()
-        with held_back(), contextlib.ExitStack() as on_failure:
+        with held_back(even_a_second=True), contextlib.ExitStack() as on_failure:
             self._launched = launch(self.name)
             self._process = self._launched.process
             self.pid = self._process.pid
@@ -114,7 +114,9 @@ class Link:
         self.calls.submit(call)
 
     def _lost(self, verb: str) -> Exception:
-        self._ended.wait()  # not long: the watcher has been woken by the same event, and kills what does not end
+        # The worker ended; or this side hung up in the middle of a message, at a second interrupt: it must not go on.
+        self.calls.hang_up()
+        self._ended.wait()  # not long: the watcher has been woken, and kills what does not end
         return self.gone(verb)
 
     def gone(self, call: str) -> Exception:
