@@ -138,8 +138,8 @@ def main(argument: str | None = None) -> int:
                     span.numpy("u1", segment.file_size, offset=start - span.base) if "r" in segment.protection else None
                 )
                 same = seen is None or seen.tobytes() == content[segment.offset : segment.offset + segment.file_size]
-                print(f"  {uvas.Range(start, segment.size)}  {segment.protection:4} {segment.file_size:#x} bytes of the "
-                      f"file at {segment.offset:#x}: {'the same' if same else 'DIFFERENT'}")  # fmt: skip
+                print(f"  {uvas.Range(start, segment.size)}  {segment.protection:4} {segment.file_size:#x} bytes of "
+                      f"the file at {segment.offset:#x}: {'the same' if same else 'DIFFERENT'}")  # fmt: skip
                 del seen
                 if not same:
                     return 1

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 from machine import mappings
 
 import uvas
+
+
+def pytest_configure() -> None:
+    """Take interrupts, whoever started the tests: a shell lets what it starts in the background ignore them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
