@@ -26,7 +26,8 @@ LAYERS = [  # from the ground up; a module imports from its own layer's left or 
     {"uvas.reservation"},
     {"uvas.space"},
     {"uvas"},
-    {"uvas.report", "uvas.demo"},
+    {"uvas.report"},
+    {"uvas.demo", "uvas.doctor"},
     {"uvas.cli"},
     {"uvas.__main__"},
 ]

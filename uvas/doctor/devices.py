@@ -1,0 +1,127 @@
+"""Each kind of device: what the machine shows of it, and what answered when it was tried."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import mmap
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from uvas import AddressInUseError, AddressSpace, ProcessDevice
+from uvas.doctor.check import Check, DeviceCheck
+from uvas.doctor.drivers import ask
+from uvas.report import format_size
+
+_SIZE = 1 << 20
+_SENTINEL = b"not uvas"
+_NOT_BUILT = "uvas has no {name} yet; a device of your own will do (uvas.Device)"
+
+
+def check_host() -> Check:
+    """Do on the host what uvas is for: spare who is there, hold addresses, put memory behind them, give all back."""
+    stranger = mmap.mmap(-1, _SIZE)
+    stranger[:] = _SENTINEL * (_SIZE // len(_SENTINEL))
+    taken = np.frombuffer(stranger, np.uint8).ctypes.data
+    try:
+        with AddressSpace(name="doctor") as space, space.reserve(_SIZE) as held:
+            refused = _refuses(space, taken)
+            held.commit()
+            array = held.numpy(np.uint64)
+            array[:] = held.base
+            right = bool((array == held.base).all())
+            value = f"a stranger was spared; {format_size(held.size)} at {held.base:#x} reserved, written and read"
+            del array
+    except (OSError, MemoryError) as refusal:
+        return Check("host", str(refusal), "missing", "uvas cannot do its main job here", "see the limits")
+    if not refused or not right or stranger[:] != _SENTINEL * (_SIZE // len(_SENTINEL)):
+        return Check("host", "memory was replaced or lost", "missing", "uvas is not safe here", "report it")
+    return Check("host", value, "good", "uvas does its main job on the host", "")
+
+
+def _refuses(space: AddressSpace, taken: int) -> bool:
+    try:
+        space.reserve(_SIZE, at=taken)
+    except AddressInUseError:
+        return True
+    return False
+
+
+def check_devices() -> list[DeviceCheck]:
+    """Look at each kind of device that uvas knows or is asked about, and try it."""
+    return [check_process(), _check_cuda(), _check_amd(), _check_opencl()]
+
+
+def _add_one(array: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> int:
+    """Read and write, in the worker, what the host wrote, at the host's address."""
+    array[0] += 1
+    return int(array.ctypes.data)
+
+
+def check_process() -> DeviceCheck:
+    """Start a worker, let it agree to a range, and let it follow a pointer of the host's."""
+    advertised = f"{sys.executable or 'no interpreter'}, {len(os.sched_getaffinity(0))} CPUs"
+    began = time.monotonic()
+    try:
+        with (
+            ProcessDevice(name="doctor") as device,
+            AddressSpace([device], name="doctor") as space,
+            space.reserve(_SIZE) as held,
+        ):
+            held.commit()
+            array = held.numpy(np.uint64, 1)
+            array[0] = 41
+            address = device.run(_add_one, array)
+            right = address == held.base and int(array[0]) == 42
+            probed = f"process {device.pid} agreed to {held.range} and wrote where the host reads"
+            del array
+    except (OSError, MemoryError, RuntimeError) as refusal:
+        remedy = "allow processes and descriptors (ulimit -u, ulimit -n), and see the limits"
+        return DeviceCheck("ProcessDevice", advertised, f"{refusal}", "missing", remedy)
+    if not right:
+        return DeviceCheck("ProcessDevice", advertised, "it did not see the host's memory", "missing", "report it")
+    return DeviceCheck("ProcessDevice", advertised, f"{probed}, in {time.monotonic() - began:.2f} s", "good", "")
+
+
+def _check_cuda() -> DeviceCheck:
+    shown = _shown(("/dev/nvidiactl", "/dev/nvidia-uvm", "/proc/driver/nvidia/version"), "libcuda.so.1")
+    return _gpu("CUDA", shown, "cuda", "CudaDevice")
+
+
+def _check_amd() -> DeviceCheck:
+    shown = _shown(("/dev/kfd",), "libamdhip64.so")
+    probed = "not tried: uvas asks no AMD driver yet"
+    return DeviceCheck("HIP", shown or "nothing", probed, "missing", _NOT_BUILT.format(name="HipDevice"))
+
+
+def _check_opencl() -> DeviceCheck:
+    shown = _shown((), "libOpenCL.so.1")
+    if importlib.util.find_spec("pyopencl"):
+        shown = f"{shown}, pyopencl".removeprefix(", ")
+    return _gpu("OpenCL", shown, "opencl", "OpenCLDevice")
+
+
+def _gpu(name: str, shown: str, driver: str, missing: str) -> DeviceCheck:
+    if not shown:
+        return DeviceCheck(name, "nothing", "not tried: nothing is there", "missing", _NOT_BUILT.format(name=missing))
+    return DeviceCheck(name, shown, ask(driver).text, "missing", _NOT_BUILT.format(name=missing))
+
+
+def _shown(paths: tuple[str, ...], library: str) -> str:
+    """Say which of these there are; empty: none."""
+    there = [path for path in paths if Path(path).exists()]
+    if _loads(library):
+        there.append(library)
+    return ", ".join(there)
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
