@@ -50,13 +50,11 @@ def _draw(console: Console, diagnosis: Diagnosis) -> None:
     console.print()
     devices = [(one, one.advertised, one.probed) for one in diagnosis.devices]
     console.print(_table(("device", "state", "advertised", "probed"), devices))
-    console.print("\nwhat would help")
-    for check in diagnosis.checks:
-        if check.state != "good":
-            _advise(console, check, f"{check.means}. Remedy: {check.remedy}")
-    for device in diagnosis.devices:
-        if device.state != "good":
-            _advise(console, device, device.remedy)
+    console.print()
+    advice: list[tuple[Check | DeviceCheck, str]] = []
+    advice += [(one, f"{one.means}; {one.remedy}") for one in diagnosis.checks if one.state != "good"]
+    advice += [(one, one.remedy) for one in diagnosis.devices if one.state != "good"]
+    console.print(_table(("", "state", "what it means; what would help"), advice))
     verdict = "[bold green]uvas can" if diagnosis.usable else "[bold red]uvas cannot"
     console.print(f"\n{verdict} do its main job here[/]: one range on the host and on a device")
 
@@ -68,7 +66,3 @@ def _table(titles: tuple[str, ...], rows: Sequence[tuple[Check | DeviceCheck, *t
     for one, *cells in rows:
         table.add_row(Text(one.name, no_wrap=True), Text(one.state, style=_STYLES[one.state]), *map(Text, cells))
     return table
-
-
-def _advise(console: Console, one: Check | DeviceCheck, advice: str) -> None:
-    console.print(Text.assemble("  ", (one.name, _STYLES[one.state]), f": {advice}"))
