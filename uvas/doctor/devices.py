@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
+import json
 import mmap
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,13 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from uvas import AddressInUseError, AddressSpace, ProcessDevice
+from uvas.devices.launch import how_it_ended
+from uvas.doctor import drivers
 from uvas.doctor.check import Check, DeviceCheck
-from uvas.doctor.drivers import ask
 from uvas.report import format_size
 
 _SIZE = 1 << 20
+_PATIENCE_S = 20.0  # with a driver
+_COMPLAINT = 200  # characters
 _SENTINEL = b"not uvas"
-_NOT_BUILT = "uvas has no {name} yet; a device of your own will do (uvas.Device)"
+_NOT_BUILT = "uvas has no {}Device yet; a device of your own will do (uvas.Device)"
 
 
 def check_host() -> Check:
@@ -53,7 +57,12 @@ def _refuses(space: AddressSpace, taken: int) -> bool:
 
 def check_devices() -> list[DeviceCheck]:
     """Look at each kind of device that uvas knows or is asked about, and try it."""
-    return [check_process(), _check_cuda(), _check_amd(), _check_opencl()]
+    return [
+        check_process(),
+        _check_gpu("CUDA", "cuda", ("/dev/nvidiactl", "/dev/nvidia-uvm", "/proc/driver/nvidia/version")),
+        _check_gpu("HIP", "hip", ("/dev/kfd",)),
+        _check_gpu("OpenCL", "opencl", module="pyopencl"),
+    ]
 
 
 def _add_one(array: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> int:
@@ -87,41 +96,26 @@ def check_process() -> DeviceCheck:
     return DeviceCheck("ProcessDevice", advertised, f"{probed}, in {time.monotonic() - began:.2f} s", "good", "")
 
 
-def _check_cuda() -> DeviceCheck:
-    shown = _shown(("/dev/nvidiactl", "/dev/nvidia-uvm", "/proc/driver/nvidia/version"), "libcuda.so.1")
-    return _gpu("CUDA", shown, "cuda", "CudaDevice")
+def _check_gpu(name: str, driver: str, paths: tuple[str, ...] = (), module: str = "") -> DeviceCheck:
+    """Look for device files, the driver's library and a Python module; let the driver answer."""
+    answer = _ask(driver)
+    advertised = [path for path in paths if Path(path).exists()]
+    advertised += [answer.library] if answer.library else []
+    advertised += [module] if module and importlib.util.find_spec(module) else []
+    return DeviceCheck(name, ", ".join(advertised) or "nothing", answer.text, "missing", _NOT_BUILT.format(name))
 
 
-def _check_amd() -> DeviceCheck:
-    shown = _shown(("/dev/kfd",), "libamdhip64.so")
-    probed = "not tried: uvas asks no AMD driver yet"
-    return DeviceCheck("HIP", shown or "nothing", probed, "missing", _NOT_BUILT.format(name="HipDevice"))
-
-
-def _check_opencl() -> DeviceCheck:
-    shown = _shown((), "libOpenCL.so.1")
-    if importlib.util.find_spec("pyopencl"):
-        shown = f"{shown}, pyopencl".removeprefix(", ")
-    return _gpu("OpenCL", shown, "opencl", "OpenCLDevice")
-
-
-def _gpu(name: str, shown: str, driver: str, missing: str) -> DeviceCheck:
-    if not shown:
-        return DeviceCheck(name, "nothing", "not tried: nothing is there", "missing", _NOT_BUILT.format(name=missing))
-    return DeviceCheck(name, shown, ask(driver).text, "missing", _NOT_BUILT.format(name=missing))
-
-
-def _shown(paths: tuple[str, ...], library: str) -> str:
-    """Say which of these there are; empty: none."""
-    there = [path for path in paths if Path(path).exists()]
-    if _loads(library):
-        there.append(library)
-    return ", ".join(there)
-
-
-def _loads(library: str) -> bool:
+def _ask(driver: str) -> drivers.Answer:
+    """Ask a driver, in a process of its own."""
+    library, _ = drivers.DRIVERS[driver]
+    command = [sys.executable, "-I", drivers.__file__, driver]
     try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        return drivers.Answer(library, f"it did not answer within {_PATIENCE_S:.0f} s")
+    except OSError as refusal:
+        return drivers.Answer("", f"not tried, for lack of a process: {refusal}")
+    if done.returncode:
+        complaint = done.stderr.strip()[-_COMPLAINT:]
+        return drivers.Answer(library, f"whoever asked it ended: {how_it_ended(done.returncode)}; {complaint}")
+    return drivers.Answer(**json.loads(done.stdout.splitlines()[-1]))
