@@ -275,7 +275,7 @@ def test_userfaultfd_is_told_apart_by_the_way_it_was_opened(monkeypatch):
     monkeypatch.setattr(kernel, "_open_by_call", only_user_mode)
     found = check_userfaultfd()
     assert found.state == "limited"
-    assert "system call: operation not permitted" in found.value
+    assert "system call, /dev/userfaultfd: operation not permitted" in found.value
     assert "user mode: yes" in found.value
     assert "vm.unprivileged_userfaultfd=1" in found.remedy
 

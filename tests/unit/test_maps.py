@@ -233,6 +233,23 @@ def test_a_map_is_drawn_by_neighbourhood():
     assert "▒ somebody else" not in drawn(rows)
 
 
+def test_what_is_amiss_is_not_crowded_out():
+    rows = [uvas.MapRow(R(0x10000 * i, 0x1000), "reserved", "s", "", "") for i in range(1, 200)]
+    text = drawn([*rows, uvas.MapRow(R(0x10000 * 200, 0x1000), "foreign", "s", "", "a stranger")])
+    assert "... and 160 more" in text
+    assert "s: foreign, a stranger" in text
+    assert "! not as uvas left it" in text
+
+
+def test_names_with_odd_ends_of_lines():
+    descriptor = os.memfd_create("odd\x0b\x1c\u2028\n name")
+    os.ftruncate(descriptor, PAGE)
+    with mmap.mmap(descriptor, PAGE):
+        names = [mapping.name for mapping in read_mappings() if "odd" in mapping.name]
+    os.close(descriptor)
+    assert names == ["/memfd:odd\x0b\x1c\u2028\\012 name (deleted)"]
+
+
 # ---- another process, by the command line
 
 HOLDER = """

@@ -136,22 +136,21 @@ def check_userfaultfd() -> Check:
     privileged = _features_of(lambda: _open_by_call(number, 0))
     by_device = _features_of(_open_by_device)
     user_mode = _features_of(lambda: _open_by_call(number, _UFFD_USER_MODE_ONLY))
-    answers = f"system call: {_told(privileged)}; /dev/userfaultfd: {_told(by_device)}; user mode: {_told(user_mode)}"
-    setting = f"; vm.unprivileged_userfaultfd = {_setting()}"
+    ways: dict[str, list[str]] = {}
+    for way, answer in (("system call", privileged), ("/dev/userfaultfd", by_device), ("user mode", user_mode)):
+        ways.setdefault(_told(answer), []).append(way)
+    value = "; ".join(f"{', '.join(same)}: {told}" for told, same in ways.items())
+    value += f"; vm.unprivileged_userfaultfd = {_setting()}"
     whole = privileged if isinstance(privileged, int) else by_device
     if isinstance(whole, int):
         if whole & _UFFD_FEATURE_MOVE:
-            return Check("userfaultfd", answers + setting, "good", _MEANS_UFFD, "")
-        return Check(
-            "userfaultfd", answers + setting, "limited", f"{_MEANS_UFFD}; no UFFDIO_MOVE", "Linux 6.8 or later"
-        )
+            return Check("userfaultfd", value, "good", _MEANS_UFFD, "")
+        return Check("userfaultfd", value, "limited", f"{_MEANS_UFFD}; no UFFDIO_MOVE", "Linux 6.8 or later")
     allow = "sysctl vm.unprivileged_userfaultfd=1, or read and write access to /dev/userfaultfd"
     if isinstance(user_mode, int):
         means = f"{_MEANS_UFFD}; system calls that touch such memory would fail with EFAULT"
-        return Check("userfaultfd", answers + setting, "limited", means, allow)
-    return Check(
-        "userfaultfd", answers + setting, "missing", _MEANS_UFFD, f"a kernel with CONFIG_USERFAULTFD, and {allow}"
-    )
+        return Check("userfaultfd", value, "limited", means, allow)
+    return Check("userfaultfd", value, "missing", _MEANS_UFFD, f"a kernel with CONFIG_USERFAULTFD, and {allow}")
 
 
 def _open_by_call(number: int, flags: int) -> int:

@@ -59,7 +59,7 @@ def read_mappings(pid: int | None = None) -> list[Mapping]:
     NotSupportedError
         ``/proc`` is not mounted.
     """
-    return [_parse(line) for line in _text(pid).splitlines()]
+    return [_parse(line) for line in _text(pid).split("\n") if line]  # names may hold other ends of lines
 
 
 def processes() -> Iterator[int]:

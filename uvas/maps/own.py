@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from uvas.errors import ReleasedError
 from uvas.maps.kernel import Mapping, read_mappings
 from uvas.maps.rows import MapRow
 from uvas.protection import protection_name
-from uvas.ranges import Range
+from uvas.ranges import Range, first_above
 from uvas.reports import Finding
 from uvas.space import inspect_space
 
@@ -137,7 +136,7 @@ def _with_findings(rows: list[MapRow], findings: list[Finding]) -> Iterator[MapR
     places = [finding.range for finding in findings]
     for row in rows:
         yield from (replace(row, range=part) for part in _outside(row.range, places))
-        for i in range(_first_above(row.range.base, places), len(places)):
+        for i in range(first_above(row.range.base, places), len(places)):
             inside = row.range.intersection(places[i])
             if inside is None:
                 break
@@ -153,15 +152,10 @@ def _unregistered(rows: list[MapRow], book: Iterable[Mapping]) -> Iterator[MapRo
                 yield MapRow(part, "unregistered", mapping.label, "", str(mapping))
 
 
-def _first_above(address: int, places: list[Range]) -> int:
-    """Return the index of the first of disjoint ranges, in order, that ends above an address."""
-    return bisect_right(places, address, key=lambda place: place.end)
-
-
 def _outside(whole: Range, places: list[Range]) -> Iterator[Range]:
     """Cut out of a range what lies in disjoint ranges, which are in order."""
     base = whole.base
-    for i in range(_first_above(base, places), len(places)):
+    for i in range(first_above(base, places), len(places)):
         if places[i].base >= whole.end:
             break
         if base < places[i].base:
