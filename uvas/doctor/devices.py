@@ -23,7 +23,8 @@ _SIZE = 1 << 20
 _PATIENCE_S = 20.0  # with a driver
 _COMPLAINT = 200  # characters
 _SENTINEL = b"not uvas"
-_NOT_BUILT = "uvas has no {}Device yet; a device of your own will do (uvas.Device)"
+_GPUS = {"CUDA": "CudaDevice", "HIP": "HipDevice", "OpenCL": "OpenCLDevice"}
+"""What is not built yet, by kind."""
 
 
 def check_host() -> Check:
@@ -102,7 +103,8 @@ def _check_gpu(name: str, driver: str, paths: tuple[str, ...] = (), module: str 
     advertised = [path for path in paths if Path(path).exists()]
     advertised += [answer.library] if answer.library else []
     advertised += [module] if module and importlib.util.find_spec(module) else []
-    return DeviceCheck(name, ", ".join(advertised) or "nothing", answer.text, "missing", _NOT_BUILT.format(name))
+    remedy = f"uvas has no {_GPUS[name]} yet; a device of your own will do (uvas.Device)"
+    return DeviceCheck(name, ", ".join(advertised) or "nothing", answer.text, "missing", remedy)
 
 
 def _ask(driver: str) -> drivers.Answer:

@@ -52,9 +52,9 @@ def _draw(console: Console, diagnosis: Diagnosis) -> None:
     console.print(_table(("device", "state", "advertised", "probed"), devices))
     console.print()
     advice: list[tuple[Check | DeviceCheck, str]] = []
-    advice += [(one, f"{one.means}; {one.remedy}") for one in diagnosis.checks if one.state != "good"]
+    advice += [(one, f"{one.means}. Remedy: {one.remedy}") for one in diagnosis.checks if one.state != "good"]
     advice += [(one, one.remedy) for one in diagnosis.devices if one.state != "good"]
-    console.print(_table(("", "state", "what it means; what would help"), advice))
+    console.print(_table(("", "state", "what it means"), advice))
     verdict = "[bold green]uvas can" if diagnosis.usable else "[bold red]uvas cannot"
     console.print(f"\n{verdict} do its main job here[/]: one range on the host and on a device")
 
