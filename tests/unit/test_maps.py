@@ -24,7 +24,6 @@ from uvas.maps.kernel import Mapping, read_mappings
 from uvas.maps.tags import rows_of
 
 R = uvas.Range
-WINDOW = R(ARENA, 256 * MIB)
 
 
 def told(space):
@@ -140,7 +139,7 @@ def test_all_spaces_are_told_those_of_c_code_as_well(space):
         where = ffi.new("struct uvas_where *", {"at": ARENA})
         assert lib.uvas_space_open(options, cell) == 0
         assert lib.uvas_reserve(cell[0], 2 * PAGE, where, got) == 0
-        rows = [(row.space, row.range) for row in uvas.address_map() if row.range in WINDOW]
+        rows = [(row.space, row.range) for row in uvas.address_map() if row.space in ("from C", "test")]
         assert rows == [("from C", R(ARENA, 2 * PAGE)), ("test", R(ARENA + MIB, PAGE))]
         assert lib.uvas_space_close(cell[0]) == 0
 
@@ -150,7 +149,7 @@ def test_what_a_child_inherits_is_in_no_registry(space):
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
-            rows = [(row.kind, row.space, row.range) for row in uvas.address_map()]
+            rows = [(row.kind, row.space, row.range) for row in uvas.address_map() if row.space == "test"]
             os.write(writing, repr(rows == [("unregistered", "test", held.range)]).encode() or b"?")
             os._exit(0)
         os.close(writing)
@@ -311,7 +310,7 @@ def test_without_a_pid_every_process_is_looked_at(holder):
     assert (done.returncode, done.stderr) == (0, "")
     found = {process["pid"]: process["rows"] for process in json.loads(done.stdout)["processes"]}
     assert [row["base"] for row in found[holder.pid]] == [row[1] for row in EXPECTED[:3]]
-    assert os.getpid() not in found  # this process holds nothing
+    assert all(found.values())  # no process without rows
 
 
 def test_people_see_a_picture(holder):
@@ -408,14 +407,15 @@ def test_watching_in_json_is_one_line_a_look():
         stderr=subprocess.PIPE,
         text=True,
     ) as watcher:
-        with uvas.AddressSpace(name="watched", window=WINDOW) as space:
-            assert json.loads(watcher.stdout.readline())["processes"][0]["rows"] == []
-            with space.reserve(PAGE) as held:
-                until = time.monotonic() + 20
-                rows = []
-                while not rows and time.monotonic() < until:
-                    rows = json.loads(watcher.stdout.readline())["processes"][0]["rows"]
-                assert [(row["base"], row["space"]) for row in rows] == [(held.base, "watched")]
+
+        def look():
+            rows = json.loads(watcher.stdout.readline())["processes"][0]["rows"]
+            return [row["base"] for row in rows if row["space"] == "watched"]
+
+        assert look() == []
+        with uvas.AddressSpace(name="watched") as space, space.reserve(PAGE) as held:
+            looks = [look() for _ in range(3)]  # the first may have been on its way
+        assert looks[-1] == [held.base]
         watcher.send_signal(signal.SIGINT)
         assert watcher.wait(20) == 0
         assert watcher.stderr.read() == ""

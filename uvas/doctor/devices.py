@@ -29,10 +29,10 @@ _GPUS = {"CUDA": "CudaDevice", "HIP": "HipDevice", "OpenCL": "OpenCLDevice"}
 
 def check_host() -> Check:
     """Do on the host what uvas is for: spare who is there, hold addresses, put memory behind them, give all back."""
-    stranger = mmap.mmap(-1, _SIZE)
-    stranger[:] = _SENTINEL * (_SIZE // len(_SENTINEL))
-    taken = np.frombuffer(stranger, np.uint8).ctypes.data
     try:
+        stranger = mmap.mmap(-1, _SIZE)
+        stranger[:] = _SENTINEL * (_SIZE // len(_SENTINEL))
+        taken = np.frombuffer(stranger, np.uint8).ctypes.data
         with AddressSpace(name="doctor") as space, space.reserve(_SIZE) as held:
             refused = _refuses(space, taken)
             held.commit()
