@@ -25,8 +25,11 @@ LAYERS = [  # from the ground up; a module imports from its own layer's left or 
     {"uvas.reports"},
     {"uvas.reservation"},
     {"uvas.space"},
+    {"uvas.maps"},
     {"uvas"},
-    {"uvas.report", "uvas.demo"},
+    {"uvas.report"},
+    {"uvas.maps.draw", "uvas.demo", "uvas.doctor"},
+    {"uvas.maps.run"},
     {"uvas.cli"},
     {"uvas.__main__"},
 ]

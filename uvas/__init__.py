@@ -26,6 +26,8 @@ from uvas.errors import (
     ReleasedError,
     UvasError,
 )
+from uvas.maps.own import address_map
+from uvas.maps.rows import MapRow
 from uvas.ranges import Range
 from uvas.reports import Finding, Report, SpaceStats
 from uvas.reservation import Adoption, Reservation
@@ -49,6 +51,7 @@ __all__ = [
     "DeviceLostError",
     "Finding",
     "LimitReachedError",
+    "MapRow",
     "NotSupportedError",
     "OutOfMemoryError",
     "ProcessDevice",
@@ -58,6 +61,7 @@ __all__ = [
     "Reservation",
     "SpaceStats",
     "UvasError",
+    "address_map",
     "by_value",
     "find",
     "get_include",

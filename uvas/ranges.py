@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
 
@@ -97,6 +99,19 @@ class Range:
 
     def __str__(self) -> str:
         return f"[{self.base:#x}, {self.end:#x})"
+
+
+def first_above(address: int, ranges: Sequence[Range]) -> int:
+    """Return the index of the first of disjoint ranges, in order, that ends above an address; O(log n).
+
+    Examples
+    --------
+    >>> first_above(0x1800, [Range(0x1000, 0x1000), Range(0x4000, 0x1000)])
+    0
+    >>> first_above(0x2000, [Range(0x1000, 0x1000), Range(0x4000, 0x1000)])
+    1
+    """
+    return bisect_right(ranges, address, key=lambda one: one.end)
 
 
 def _integer(name: str, number: object) -> int:

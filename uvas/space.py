@@ -303,7 +303,7 @@ class AddressSpace:
         ReleasedError
             The space has been closed.
         """
-        return self._inspect(lib.uvas_audit)
+        return inspect_space(self._cell[0], lib.uvas_audit)
 
     def heal(self) -> Report:
         """Audit, take holes back without replacing anything, and mark as lost what somebody else holds.
@@ -318,19 +318,7 @@ class AddressSpace:
         ReleasedError
             The space has been closed.
         """
-        return self._inspect(lib.uvas_heal)
-
-    def _inspect(self, inspect: Any) -> Report:
-        capacity = _FIRST_FINDINGS
-        count = ffi.new("size_t *")
-        while True:
-            findings = ffi.new("struct uvas_finding[]", capacity)
-            code = inspect(self._cell[0], findings, capacity, count)
-            if code < 0:
-                raise raise_answer(code)
-            if count[0] <= capacity or inspect == lib.uvas_heal:
-                return Report(tuple(map(_as_finding, findings[0 : min(count[0], capacity)])), count[0])
-            capacity = 2 * count[0]
+        return inspect_space(self._cell[0], lib.uvas_heal)
 
     def stats(self) -> SpaceStats:
         """Return what the space holds now and has done so far.
@@ -445,6 +433,28 @@ class AddressSpace:
             return f"<AddressSpace {self._name!r}, closed>"
         devices = ", ".join(party.info.name for party in self._parties)
         return f"<AddressSpace {self._name!r}{f' with {devices}' if devices else ''}>"
+
+
+def inspect_space(space: int, inspect: Any) -> Report:
+    """Let the core audit or heal a space, by its handle.
+
+    Raises
+    ------
+    NotSupportedError
+        ``/proc`` is not mounted.
+    ReleasedError
+        The space has been closed.
+    """
+    capacity = _FIRST_FINDINGS
+    count = ffi.new("size_t *")
+    while True:
+        findings = ffi.new("struct uvas_finding[]", capacity)
+        code = inspect(space, findings, capacity, count)
+        if code < 0:
+            raise raise_answer(code)
+        if count[0] <= capacity or inspect == lib.uvas_heal:
+            return Report(tuple(map(_as_finding, findings[0 : min(count[0], capacity)])), count[0])
+        capacity = 2 * count[0]
 
 
 def _as_window(window: _Window | None) -> Range | None:

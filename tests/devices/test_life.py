@@ -170,6 +170,11 @@ def test_closing_at_once():
     uvas.ProcessDevice().close()
 
 
+def test_closing_at_once_says_nothing():
+    done = python("-c", "import uvas\nfor _ in range(5): uvas.ProcessDevice().close()")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_closing_lets_the_call_at_work_end_and_cancels_those_that_wait(pipe):
     device = uvas.ProcessDevice()
     at_work = device.submit(on_device.waits_for, pipe)

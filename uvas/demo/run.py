@@ -28,6 +28,7 @@ from rich.console import Console
 from uvas import AddressSpace, ProcessDevice, Range, Reservation
 from uvas.demo import index
 from uvas.demo.squatters import Squatters, map_at
+from uvas.maps.kernel import read_mappings
 from uvas.report import Holding, draw_map, foreign_holdings, format_size
 
 _MIB = 1 << 20
@@ -181,7 +182,7 @@ def _look(console: Console, outcome: Outcome, space: AddressSpace, ranges: list[
     outcome.audit_findings = len(space.audit().findings)
     outcome.claim(outcome.audit_findings == 0, f"the audit found {outcome.audit_findings} differences")
     holdings = [Holding(one.range, f'uvas "{one.name}"', "ours") for one in ranges]
-    draw_map(console, _WINDOW, holdings + foreign_holdings(_WINDOW, [one.range for one in ranges]))
+    draw_map(console, _WINDOW, holdings + foreign_holdings(_WINDOW, [one.range for one in ranges], read_mappings()))
     console.print(f"   audit: {outcome.audit_findings} differences between the registry and the kernel")
 
 

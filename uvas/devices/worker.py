@@ -56,7 +56,11 @@ def main(control: Connection, setup: dict[str, Any]) -> None:
         raise
     sys.setswitchinterval(_SWITCH_S)
     _give_stderr_back(setup["stderr"])
-    control.send_bytes(pickle.dumps((HELLO, None, os.getpid())))
+    try:
+        control.send_bytes(pickle.dumps((HELLO, None, os.getpid())))
+    except BrokenPipeError:  # closed before it was ready: nobody waits for it
+        claims.close()
+        return
     threading.Thread(target=serve, args=(control, claims.verbs()), name="uvas-control", daemon=True).start()
     _call_functions(work, claims, main_module)
     claims.close()
