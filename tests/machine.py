@@ -64,7 +64,7 @@ def calls_made() -> int:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Mapping:
-    """A line of /proc/self/maps."""
+    """A line of /proc/PID/maps."""
 
     start: int
     end: int
@@ -74,15 +74,18 @@ class Mapping:
     name: str
 
 
-def mappings(low: int = 0, high: int = 1 << 64) -> list[Mapping]:
-    """All that is mapped in [low, high)."""
-    found = []
-    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+def mappings(low: int = 0, high: int = 1 << 64, process: int | str = "self") -> list[Mapping]:
+    """All that is mapped in [low, high). What merged during the look may be told twice by the kernel, not by this."""
+    found, told = [], 0
+    for line in Path(f"/proc/{process}/maps").read_text(errors="replace").splitlines():
         fields = line.split(maxsplit=5)
         start, end = (int(part, 16) for part in fields[0].split("-"))
-        if start < high and low < end:
+        offset, inode = int(fields[2], 16), int(fields[4])
+        fresh = max(start, told)
+        if fresh < min(end, high) and low < end:
             name = fields[5] if len(fields) > 5 else ""
-            found.append(Mapping(start, end, fields[1], int(fields[2], 16), int(fields[4]), name))
+            found.append(Mapping(fresh, end, fields[1], offset + (fresh - start if inode else 0), inode, name))
+        told = max(told, end)
     return found
 
 

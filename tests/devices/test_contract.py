@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Protocol
 
-import machine
 import on_device
 import pytest
 from devices_in_tests import TableDevice
+from machine import PAGE, Mapping, mappings
 
 import uvas
-
-PAGE = machine.PAGE
-MIB = machine.MIB
 
 
 class Party(Protocol):
@@ -65,27 +61,20 @@ class Process:
 
     def __init__(self, name: str) -> None:
         self.device = uvas.ProcessDevice(name=name)
-        self._name = name
+        self._tag = f"/memfd:uvas:{name} "
 
-    def _mappings(self, range: uvas.Range) -> list[tuple[str, str]]:
-        """Permissions and names of what lies there; all of the range, or none of it."""
-        found, covered = [], 0
-        for line in Path(f"/proc/{self.device.pid}/maps").read_text().splitlines():
-            fields = line.split(maxsplit=5)
-            start, end = (int(part, 16) for part in fields[0].split("-"))
-            common = min(end, range.end) - max(start, range.base)
-            if common > 0:
-                covered += common
-                found.append((fields[1], fields[5] if len(fields) > 5 else ""))
+    def _mappings(self, range: uvas.Range) -> list[Mapping]:
+        """What lies there; all of the range, or none of it."""
+        found = mappings(range.base, range.end, self.device.pid)
+        covered = sum(min(one.end, range.end) - max(one.start, range.base) for one in found)
         return found if covered == range.size else []
 
     def holds(self, range: uvas.Range) -> bool:
         found = self._mappings(range)
-        tag = f"/memfd:uvas:{self._name} "
-        return bool(found) and all(mode == "---p" and name.startswith(tag) for mode, name in found)
+        return bool(found) and all(one.permissions == "---p" and one.name.startswith(self._tag) for one in found)
 
     def committed(self, range: uvas.Range) -> str | None:
-        found = {mode for mode, name in self._mappings(range) if not name.startswith(f"/memfd:uvas:{self._name} ")}
+        found = {one.permissions for one in self._mappings(range) if not one.name.startswith(self._tag)}
         return found.pop()[:3].replace("-", "") or "none" if len(found) == 1 else None
 
     def occupy(self, range: uvas.Range) -> bool:
@@ -185,7 +174,7 @@ def test_where_it_says_taken_the_range_is_elsewhere_on_both_sides(party):
         assert caught.value.owner.startswith("the device: ")
         assert caught.value.wanted == wanted
         assert caught.value.obstacle.overlaps(wanted)
-        assert not machine.mappings(wanted.base, wanted.end)  # the host's part was given back
+        assert not mappings(wanted.base, wanted.end)  # the host's part was given back
         assert space.stats().conflicts > 0
         space.check()
     assert party.intact(wanted)

@@ -250,6 +250,28 @@ def test_5_somebody_in_the_hole_is_never_touched() -> None:
 
 
 @pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("lacks", [0, 1], ids=["query", "text"])
+def test_5_an_audit_beside_changes_sees_each_before_or_after(lacks: int) -> None:
+    with kernel("noreplace", lacks), uvas.AddressSpace(window=WINDOW, backing="memfd") as space:
+        held = space.reserve(64 * PAGE)
+        enough = threading.Event()
+
+        def change(offset: int) -> None:
+            while not enough.is_set():
+                held.commit(offset, PAGE)
+                held.decommit(offset, PAGE)
+
+        threads = [threading.Thread(target=change, args=(offset,)) for offset in range(0, 64 * PAGE, 16 * PAGE)]
+        for thread in threads:
+            thread.start()
+        found = [look().findings for _ in range(100) for look in (space.audit, space.heal)]
+        enough.set()
+        for thread in threads:
+            thread.join()
+        assert set(found) == {()}
+
+
+@pytest.mark.usefixtures("clean")
 def test_5_what_a_descriptor_holds_survives_a_hole() -> None:
     with uvas.AddressSpace(window=WINDOW, backing="memfd") as space:
         held = space.reserve(8 * PAGE)

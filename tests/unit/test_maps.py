@@ -201,6 +201,21 @@ def test_tags_of_a_book():
     ]
 
 
+def test_what_merged_during_the_look_is_told_once(monkeypatch):
+    text = """1000-3000 ---p 00001000 00:01 7  /memfd:uvas:s (deleted)
+1000-5000 ---p 00001000 00:01 7  /memfd:uvas:s (deleted)
+2000-5000 ---p 00002000 00:01 7  /memfd:uvas:s (deleted)
+5000-6000 rw-p 00000000 00:00 0
+"""
+    monkeypatch.setattr("uvas.maps.kernel._text", lambda pid: text)
+    assert [(one.range, one.offset) for one in read_mappings()] == [
+        (R(0x1000, 0x2000), 0x1000),
+        (R(0x3000, 0x2000), 0x3000),
+        (R(0x5000, 0x1000), 0),
+    ]
+    assert {row.kind for row in rows_of(read_mappings())} == {"reserved", "unknown"}
+
+
 def test_what_is_not_as_uvas_left_it():
     moved = line(0x9000, 0x1000, "---p", "/memfd:uvas:s (deleted)", 0x2000)
     opened = line(0x20000, 0x1000, "rw-p", "/memfd:uvas:s (deleted)", 0x20000)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from uvas.errors import NotSupportedError
@@ -59,7 +59,8 @@ def read_mappings(pid: int | None = None) -> list[Mapping]:
     NotSupportedError
         ``/proc`` is not mounted.
     """
-    return [_parse(line) for line in _text(pid).split("\n") if line]  # names may hold other ends of lines
+    lines = _text(pid).split("\n")  # names may hold other ends of lines
+    return list(_disjoint(_parse(line) for line in lines if line))
 
 
 def processes() -> Iterator[int]:
@@ -109,6 +110,23 @@ def _no_proc() -> NotSupportedError:
     return NotSupportedError(
         "/proc/PID/maps", "/proc is not mounted, and nothing else tells what is mapped", "mount /proc"
     )
+
+
+def _disjoint(book: Iterable[Mapping]) -> Iterator[Mapping]:
+    """Cut off what was told before.
+
+    The kernel looks up the next mapping by the end of the last one: where the two have become one meanwhile, it tells
+    the whole of it, from its old start (seen on Linux 6.18; proc_pid_maps(5) promises that no two lines overlap).
+    """
+    told = 0
+    for mapping in book:
+        known = told - mapping.range.base
+        if known <= 0:
+            yield mapping
+        elif mapping.range.end > told:
+            rest = Range(told, mapping.range.end - told)
+            yield replace(mapping, range=rest, offset=mapping.offset + known if mapping.inode else 0)
+        told = max(told, mapping.range.end)
 
 
 def _parse(line: str) -> Mapping:

@@ -157,7 +157,7 @@ static void note(struct report *report, const struct look *look, bool healed) {
 }
 
 /* Looks on from `offset`; at the first difference notes it, heals it if asked, and returns where to look on; record->size: done. One difference a
- * call, as healing changes the parts. */
+ * call, as healing changes the parts, for which a change has room once. */
 static size_t inspect(struct uvas_record *record, size_t offset, struct report *report, const struct uvas_maps *maps) {
     struct uvas_piece_entry part;
     uvas_registry_lock();
@@ -196,35 +196,31 @@ static size_t inspect(struct uvas_record *record, size_t offset, struct report *
 
 static int inspect_reservation(uvas_id id, struct report *report) {
     struct uvas_maps maps;
-    struct uvas_record *record;
     size_t offset = 0, size = 0;
-    int rc = uvas_maps_open(&maps);
-    if (rc < 0) {
-        return uvas_fail_unsupported("/proc/self/maps", "mount /proc", "without it nobody can tell what is mapped");
-    }
+    int rc;
     do {
         struct uvas_change change;
-        struct uvas_found whole;
+        struct uvas_record *record;
         uvas_registry_lock();
         record = uvas_slots_get(&uvas_record_slots, id);
-        whole.size = record && record->state == UVAS_LIVE ? record->size : 0;
+        size = record && record->state == UVAS_LIVE ? record->size : 0;
         uvas_registry_unlock();
-        record = whole.size ? uvas_change_begin(id, 0, whole.size, true, &change, &rc) : NULL;
+        record = size ? uvas_change_begin(id, 0, size, true, &change, &rc) : NULL;
         if (!record) {
-            break; /* released meanwhile: nothing to say about it */
+            return 0; /* released meanwhile: nothing to say about it */
         }
-        size = record->size;
-        offset = inspect(record, offset, report, &maps);
+        size_t seen = report->count;
+        rc = uvas_maps_open(&maps); /* inside the change: what the parts say and what a snapshot says belong together */
+        do {
+            offset = rc == 0 ? inspect(record, offset, report, &maps) : size;
+        } while (offset < size && !(report->heal && report->count > seen)); /* what was healed is seen by a fresh look only */
+        uvas_maps_close(&maps);
         uvas_registry_lock();
         uvas_change_end(record, &change);
         uvas_registry_unlock();
-        if (report->heal && maps.list) {
-            (void)uvas_maps_snapshot(&maps);
-        }
     } while (offset < size);
-    uvas_maps_close(&maps);
     uvas_files_close();
-    return 0;
+    return rc < 0 ? uvas_fail_unsupported("/proc/self/maps", "mount /proc", "without it nobody can tell what is mapped") : 0;
 }
 
 static int inspect_space(uvas_id space_id, struct report *report, size_t *count) {
