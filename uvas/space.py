@@ -168,6 +168,7 @@ class AddressSpace:
         n) in the number of ranges.
         """
         size = as_size("size", size)
+        work_off()
         held = Reservation(self, name)
         if at is None and window is None and align is None and name is None:
             code = lib.uvas_reserve(self._cell[0], size, ffi.NULL, held._cell)
@@ -191,6 +192,7 @@ class AddressSpace:
         ReleasedError
             The space has been closed.
         """
+        work_off()
         held = Adoption(self, owner)
         code = lib.uvas_adopt(self._cell[0], as_size("base", base), as_size("size", size), owner.encode(), held._cell)
         if code < 0:
@@ -205,6 +207,7 @@ class AddressSpace:
 
     def ranges(self) -> list[Reservation | Adoption]:
         """Return what the space holds, by address. O(n) in what all spaces of the process hold."""
+        work_off()
         found = ffi.new("struct uvas_found *")
         space = ffi.new("uvas_id *")
         address = 0

@@ -207,7 +207,7 @@ def test_what_merged_during_the_look_is_told_once(monkeypatch):
 2000-5000 ---p 00002000 00:01 7  /memfd:uvas:s (deleted)
 5000-6000 rw-p 00000000 00:00 0
 """
-    monkeypatch.setattr("uvas.maps.kernel._text", lambda pid: text)
+    monkeypatch.setattr("uvas.maps.kernel._text", lambda _pid: text)
     assert [(one.range, one.offset) for one in read_mappings()] == [
         (R(0x1000, 0x2000), 0x1000),
         (R(0x3000, 0x2000), 0x3000),

@@ -8,10 +8,12 @@ import os
 import pickle
 import threading
 import time
+import traceback
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from devices_in_tests import TableDevice
 from machine import ARENA, MIB, PAGE, Stranger, descriptors, map_at, mappings
 
 import uvas
@@ -266,6 +268,30 @@ def test_cycles_are_collected_before_a_refusal(space: uvas.AddressSpace) -> None
     cycle.append(cycle)
     del cycle
     held.release()
+
+
+def test_finalizers_only_enqueue() -> None:
+    """A collection may run inside any call, under any lock: no device is asked from there."""
+    callers = []
+
+    class Watched(TableDevice):
+        def unclaim(self, range: uvas.Range) -> None:
+            callers.append([frame.name for frame in traceback.extract_stack()])
+            super().unclaim(range)
+
+    device = Watched()
+    with uvas.AddressSpace([device]) as space:
+        held = [space.reserve(PAGE) for _ in range(3)]
+        with pytest.warns(ResourceWarning, match="never released"):
+            del held
+        space.reserve(PAGE).release()  # a verb that passes does what was left
+        for _ in range(500):
+            if not device.claims:
+                break
+            time.sleep(0.01)  # a thread may be at it
+        assert device.claims == {}
+    assert len(callers) == 4
+    assert not any("__del__" in names for names in callers)
 
 
 def test_with_releases_when_the_last_array_goes(space: uvas.AddressSpace) -> None:
