@@ -715,6 +715,15 @@ def test_a_second_interrupt_breaks_off_and_never_hangs():
         assert fresh.run(on_device.double, 21) == 42
 
 
+def test_a_line_that_broke_off_ends_the_device():
+    """What an interrupt in the middle of a message leaves: what follows would not be understood, so nothing follows."""
+    with uvas.ProcessDevice() as device:
+        assert device.run(on_device.double, 21) == 42
+        device._link.requests.hang_up()
+        with pytest.raises(uvas.DeviceLostError):
+            device.read(PAGE, 8)
+
+
 def open_on(device: uvas.ProcessDevice) -> list[str]:
     """What the worker has open, but for the pidfd of the thread that waits for its parent, which it opens some time."""
     return [one for one in device.run(on_device.open_descriptors) if "pidfd" not in one]

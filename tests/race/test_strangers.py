@@ -214,14 +214,13 @@ def test_3_a_second_copy_of_the_library_is_a_typed_error(tmp_path: object) -> No
 def test_5_audit_names_a_hole_and_heal_takes_it_back() -> None:
     with uvas.AddressSpace(window=WINDOW) as space:
         held = space.reserve(16 * PAGE, name="holed")
-        unmap(held.base + 4 * PAGE, 2 * PAGE)
-        (finding,) = space.audit().findings
-        assert finding.range == uvas.Range(held.base + 4 * PAGE, 2 * PAGE)
-        assert finding.kind == "hole"
-        (healed,) = space.heal().findings
-        assert healed.healed
+        holes = [uvas.Range(held.base + 4 * PAGE, 2 * PAGE), uvas.Range(held.base + 15 * PAGE, PAGE)]
+        for hole in holes:
+            unmap(hole.base, hole.size)
+        assert [(one.kind, one.range) for one in space.audit().findings] == [("hole", hole) for hole in holes]
+        assert [one.healed for one in space.heal().findings] == [True, True]
         assert space.audit().findings == ()
-        assert not map_at(held.base + 4 * PAGE, PAGE)
+        assert not any(map_at(hole.base, PAGE) for hole in holes)
         held.release()
 
 

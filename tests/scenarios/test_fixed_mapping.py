@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from machine import ARENA, KERNELS, MIB, NOREPLACE, PAGE, Stranger, kernel, libc, mappings, unmap
@@ -379,6 +380,24 @@ def test_a_fussy_kernel_loses_nothing(lacks: int) -> None:
             assert space.audit().findings == ()
         assert stranger.intact()
     assert mappings(WINDOW.base, WINDOW.end) == before
+
+
+@pytest.mark.parametrize("name", ["hint", "hint_fussy"])
+@pytest.mark.parametrize("lacks", [0, 4], ids=["tag", "no tag"])
+def test_what_the_kernel_moved_is_given_back(name: str, lacks: int) -> None:
+    """Strays lie anywhere: they would show in the size of the process."""
+    whole = 64 << 30
+
+    def mapped() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
+
+    with kernel(name, lacks), Stranger(ARENA + MIB, PAGE) as stranger, uvas.AddressSpace() as space:
+        before = mapped()
+        for _ in range(3):
+            with pytest.raises(uvas.AddressInUseError):
+                space.reserve(whole, at=ARENA)
+        assert mapped() - before < whole
+        assert stranger.intact()
 
 
 @pytest.mark.parametrize("lacks", [1, 2, 4, 7], ids=["no query", "no guards", "no tag", "nothing"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import os
 import pickle
@@ -17,6 +18,7 @@ from devices_in_tests import TableDevice
 from machine import ARENA, MIB, PAGE, Stranger, descriptors, map_at, mappings
 
 import uvas
+from uvas._core import ffi, lib
 
 WINDOW = uvas.Range(ARENA + (8 << 32), 64 * MIB)
 
@@ -78,6 +80,21 @@ def test_exhausted_tells_what_was_tried() -> None:
         with pytest.raises(uvas.AddressSpaceExhaustedError, match=r"no room for 0x4000 bytes"):
             space.reserve(4 * PAGE)
         assert stranger.intact()
+
+
+def test_the_attempts_are_a_bound_with_a_name() -> None:
+    class Full(TableDevice):
+        def claim(self, range: uvas.Range) -> None:
+            self.asked += 1
+            raise uvas.AddressInUseError(range, "its firmware", None)
+
+    device = Full("full")
+    with uvas.AddressSpace([device], window=WINDOW, attempts=7) as space:
+        with pytest.raises(
+            uvas.AddressSpaceExhaustedError, match="attempts are spent after 7 candidates.*its firmware"
+        ):
+            space.reserve(PAGE)
+        assert device.asked == 7
 
 
 def test_in_use_names_the_holder(space: uvas.AddressSpace) -> None:
@@ -346,6 +363,18 @@ def test_a_released_object_is_dead(space: uvas.AddressSpace) -> None:
     ):
         with pytest.raises(uvas.ReleasedError):
             verb()
+
+
+def test_a_handle_is_never_used_again(space: uvas.AddressSpace) -> None:
+    """In C, where a handle is a number: records are used again, numbers are not."""
+    seen = set()
+    cell = ffi.new("struct uvas_reservation *")
+    for _ in range(300):
+        assert lib.uvas_reserve(space._cell[0], PAGE, ffi.NULL, cell) == 0
+        assert lib.uvas_release(cell.id) == 0
+        seen.add(cell.id)
+    assert len(seen) == 300
+    assert {lib.uvas_commit(one, 0, PAGE, 3, 0) for one in seen} == {-errno.ESTALE}
 
 
 def test_a_closed_space_is_dead() -> None:

@@ -112,9 +112,7 @@ static void lose(struct look *look) {
 static bool take_back(struct look *look) {
     struct uvas_record *record = look->record;
     size_t size = look->end - look->start;
-    uintptr_t stray = 0;
-    int rc = uvas_vm_reserve(look->start, size, record->tagged ? record->space->tag : -1, &stray);
-    if (rc < 0) {
+    if (uvas_hold(look->start, size, record->tagged ? record->space->tag : -1) < 0) {
         return false;
     }
     const struct uvas_piece_entry *part = look->part;

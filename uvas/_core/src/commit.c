@@ -199,7 +199,7 @@ static enum uvas_vm_overlay_kind overlay_of(const struct uvas_piece_entry *part)
 /* After a mapping that failed half way: holds again what the kernel unmapped. false: somebody was quicker. */
 static bool hold_again(const struct plan *plan, const struct uvas_piece_entry *part) {
     int tag = plan->record->tagged ? plan->record->space->tag : -1;
-    uintptr_t at = where(plan, part), end = at + length(part), stray = 0;
+    uintptr_t at = where(plan, part), end = at + length(part);
     bool held = true;
     while (at < end) {
         struct uvas_obstacle there;
@@ -207,7 +207,7 @@ static bool hold_again(const struct plan *plan, const struct uvas_piece_entry *p
         bool some = uvas_maps_describe(at, end - at, &there) != 0;
         uintptr_t until = some ? there.base : end;
         if (at < until) {
-            held &= uvas_vm_reserve(at, until - at, tag, &stray) == 0;
+            held &= uvas_hold(at, until - at, tag) == 0;
         }
         at = some ? there.base + there.size : end;
     }

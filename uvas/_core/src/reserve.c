@@ -143,15 +143,20 @@ static bool refuses_tag(int rc) {
     return rc == -EINVAL || rc == -EACCES || rc == -EPERM || rc == -ENODEV || rc == -EOPNOTSUPP;
 }
 
-static int map_held(struct uvas_record *record, uintptr_t base, size_t size) {
+int uvas_hold(uintptr_t base, size_t size, int tag) {
     uintptr_t stray = 0;
-    int rc = uvas_vm_reserve(base, size, record->tagged ? record->space->tag : -1, &stray);
-    if (record->tagged && refuses_tag(rc)) { /* this kernel maps no empty file, or not here */
-        record->tagged = false;
-        rc = uvas_vm_reserve(base, size, -1, &stray);
-    }
+    int rc = uvas_vm_reserve(base, size, tag, &stray);
     if (stray) {
         quarantine_stray(stray, size);
+    }
+    return rc;
+}
+
+static int map_held(struct uvas_record *record, uintptr_t base, size_t size) {
+    int rc = uvas_hold(base, size, record->tagged ? record->space->tag : -1);
+    if (record->tagged && refuses_tag(rc)) { /* this kernel maps no empty file, or not here */
+        record->tagged = false;
+        rc = uvas_hold(base, size, -1);
     }
     return rc;
 }

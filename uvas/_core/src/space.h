@@ -152,6 +152,9 @@ bool uvas_space_owner(const struct uvas_space *space);  /* its first device take
 
 /* -- reserve.c -- */
 
+/* Holds addresses with mappings of ours if nobody is there: uvas_vm_reserve, and what the kernel moved and would not take back is noted. */
+int uvas_hold(uintptr_t base, size_t size, int tag);
+
 void uvas_quarantine_sweep(void); /* tries again to give back what the kernel would not take */
 uint64_t uvas_quarantine_bytes(void); /* under the lock */
 void uvas_quarantine_forget(void); /* the child of a fork; under the lock */

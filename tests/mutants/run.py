@@ -1,0 +1,257 @@
+"""Break the product on purpose, one promise at a time, and see that the named test notices.
+
+    python tests/mutants/run.py                 all of them
+    python tests/mutants/run.py pin-dropped     some
+    python tests/mutants/run.py --jobs 1        one at a time
+
+Each ``*.patch`` beside this file begins with what is promised and who must notice that it no longer holds::
+
+    Promise: release waits for the operations inside
+    Killed by: tests/unit/test_space.py::test_name     a test of pytest's, or
+    Killed by: c:stress_space                          a C test, or
+    Killed by: c:stress_registry thread                a C test under a sanitizer
+
+Each patch is applied to a copy of the project and that test run there. It is *killed* if the test fails, *survived* if
+the test passes, and *unproven* if the patch does not apply, the copy does not build, or the test fails without the
+patch as well. The exit code is 0 if all are killed. Needs the ``test`` and ``dev`` extras, git and an editable install
+(its built modules are used; what a patch changes in C is compiled again).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from uvas._core.build import COMPILE, LIBRARY_FILE, LINK
+
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parents[1]
+COPIED = ["pyproject.toml", "README.md", "uvas", "tests", "examples"]
+CORE = Path("uvas", "_core")
+TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class Killer:
+    """The test that must fail."""
+
+    name: str
+    sanitizer: str = ""
+
+    @property
+    def command(self) -> list[str]:
+        """Run it, in the root of a copy."""
+        if not self.in_c:
+            return ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--timeout", "120", self.name]
+        sanitizer = ["--sanitizer", self.sanitizer] if self.sanitizer else []
+        return ["tests/c/run.py", *sanitizer, self.name.removeprefix("c:")]
+
+    @property
+    def in_c(self) -> bool:
+        """Whether it is a C test."""
+        return self.name.startswith("c:")
+
+    def verdict(self, code: int, output: str) -> tuple[str, str]:
+        """Return what an exit code and an output mean, and in which words the test said so."""
+        if code == 0:
+            return "survived", ""
+        if self.in_c:
+            said = re.findall(rf"^{self.name.removeprefix('c:')} \[.*\]: .*$", output, re.MULTILINE)
+            return ("killed", said[-1].partition(": ")[2]) if said else ("unproven", "does not build")
+        if code < 0:
+            return "killed", signal.Signals(-code).name
+        errors = re.findall(r"^(?:E   |\+* *Timeout|Fatal Python error: ).*$", output, re.MULTILINE)
+        return ("killed" if code == 1 else "unproven"), errors[0].removeprefix("E   ").strip() if errors else ""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One patch."""
+
+    name: str
+    promise: str
+    killer: Killer
+    files: tuple[Path, ...]
+
+    @property
+    def patch(self) -> Path:
+        """Where it is."""
+        return HERE / f"{self.name}.patch"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of it."""
+
+    mutant: Mutant
+    verdict: str
+    said: str
+    seconds: float
+
+
+def read(path: Path) -> Mutant:
+    """Read a patch's head and the files that it changes."""
+    text = path.read_text()
+    head = re.match(r"Promise: (.+)\nKilled by: (\S+)(?: (\S+))?\n\n", text)
+    if head is None:
+        raise SystemExit(f"{path}: does not begin with a promise and who kills it")
+    files = tuple(Path(name) for name in re.findall(r"^\+\+\+ b/(\S+)", text, re.MULTILINE))
+    return Mutant(path.stem, head[1], Killer(head[2], head[3] or ""), files)
+
+
+class Workshop:
+    """A clean copy of the project, its objects, and a copy for each mutant."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.clean = self.copy("clean")
+        self.objects = directory / "objects"
+        self.objects.mkdir()
+        self.compile(self.clean, (self.clean / CORE / "src").glob("*.c"), self.objects)
+        self.link(self.clean, self.objects)
+
+    def copy(self, name: str) -> Path:
+        """Copy the project."""
+        target = self.directory / name
+        for one in COPIED:
+            source, copied = PROJECT / one, target / one
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, copied, ignore=shutil.ignore_patterns("__pycache__", "mutants"))
+            else:
+                shutil.copy(source, copied)
+        return target
+
+    def compile(self, copy: Path, sources: Iterable[Path], objects: Path) -> None:
+        """Compile some files of the core."""
+        compiler = [*shlex.split(os.environ.get("CC", "gcc")), *COMPILE, f"-I{copy / CORE / 'include'}"]
+        for source in sources:
+            command = [*compiler, "-w", "-c", source, "-o", objects / f"{source.stem}.o"]
+            subprocess.run(command, check=True, capture_output=True)
+
+    def link(self, copy: Path, objects: Path) -> None:
+        """Put a library into a copy."""
+        target = copy / CORE / LIBRARY_FILE
+        compiler = shlex.split(os.environ.get("CC", "gcc"))
+        subprocess.run([*compiler, *sorted(objects.glob("*.o")), *LINK, "-o", target], check=True, capture_output=True)
+
+    def mutate(self, mutant: Mutant) -> Path:
+        """Make a copy with the patch in it, and built."""
+        copy = self.copy(mutant.name)
+        subprocess.run(["git", "apply", "-C1", mutant.patch], cwd=copy, check=True, capture_output=True)
+        sources = [copy / file for file in mutant.files if file.suffix == ".c"]
+        if sources and not mutant.killer.in_c:  # the C tests compile the core themselves
+            objects = self.directory / f"{mutant.name}.objects"
+            shutil.copytree(self.objects, objects)
+            self.compile(copy, sources, objects)
+            self.link(copy, objects)
+        return copy
+
+    def test(self, copy: Path, killer: Killer) -> tuple[str, str]:
+        """Run a test in a copy."""
+        environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        process = subprocess.Popen(
+            [sys.executable, *killer.command],
+            cwd=copy,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return "killed", f"not done after {TIMEOUT_S} s"
+        finally:
+            end_session(process.pid)
+            process.wait()
+        return killer.verdict(process.returncode, output)
+
+    def judge(self, mutant: Mutant) -> Result:
+        """See whether a mutant is killed."""
+        began = time.monotonic()
+        try:
+            copy = self.mutate(mutant)
+        except subprocess.CalledProcessError as error:
+            return Result(mutant, "unproven", error.stderr.decode(errors="replace").strip(), time.monotonic() - began)
+        verdict, said = self.test(copy, mutant.killer)
+        shutil.rmtree(copy, ignore_errors=True)
+        return Result(mutant, verdict, said, time.monotonic() - began)
+
+
+def end_session(leader: int) -> None:
+    """Kill what a test left behind: everything in the session that was started for it."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if os.getsid(int(entry.name)) == leader:
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+def table(results: list[Result]) -> Table:
+    """Draw what became of them."""
+    drawn = Table(box=None, header_style="bold")
+    for heading in ("mutant", "promise", "test", "verdict", "said", "s"):
+        drawn.add_column(heading, overflow="fold", justify="right" if heading == "s" else "left")
+    for result in results:
+        style = "green" if result.verdict == "killed" else "bold red"
+        killer = f"{result.mutant.killer.name} {result.mutant.killer.sanitizer}".strip().removeprefix("tests/")
+        verdict = f"[{style}]{result.verdict}[/]"
+        said = result.said.replace("[", r"\[")[:120]
+        drawn.add_row(result.mutant.name, result.mutant.promise, killer, verdict, said, f"{result.seconds:.0f}")
+    return drawn
+
+
+def main() -> int:
+    """Judge what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="MUTANT", help="names without .patch (default: all)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at once (default: one a CPU)")
+    arguments = parser.parse_args()
+    every = {path.stem: path for path in sorted(HERE.glob("*.patch"))}
+    if unknown := set(arguments.names) - set(every):
+        parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
+    mutants = [read(every[name]) for name in arguments.names or every]
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(arguments.jobs) as threads:
+        workshop = Workshop(Path(directory))
+        killers = list(dict.fromkeys(mutant.killer for mutant in mutants))
+        clean = dict(
+            zip(killers, threads.map(lambda killer: workshop.test(workshop.clean, killer), killers), strict=True)
+        )
+        sound = [mutant for mutant in mutants if clean[mutant.killer][0] == "survived"]
+        results = [
+            Result(one, "unproven", f"fails unpatched: {clean[one.killer][1]}", 0)
+            for one in mutants
+            if one not in sound
+        ]
+        results += threads.map(workshop.judge, sound)
+    console.print(table(results))
+    alive = [result for result in results if result.verdict != "killed"]
+    console.print(f"\n{len(results) - len(alive)} of {len(results)} mutants killed")
+    for result in alive:
+        console.print(f"[bold red]{result.verdict}[/]: {result.mutant.name}: {result.mutant.promise}")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
