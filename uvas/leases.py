@@ -2,8 +2,8 @@
 
 An array over a reservation has a `Lease` as its base, so the lease lives as long as any view of the array. Finalizers
 take no lock and make no system call: they end the lease in C, lock-free, and put what is to be done on a queue. The
-queue is worked off by a thread (`start_reaper`, once somebody left a ``with`` block under a live array) and by the verbs
-of a space that make, count or end reservations (`work_off`).
+queue is worked off by a thread (`start_reaper`, once somebody left a ``with`` block under a live array) and by the
+verbs of a space that make, count or end reservations (`work_off`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-/* check.h: what the C tests share: a check that tells where it failed, a seeded random source, threads and time. */
+/* check.h: what the C tests share: a check that tells where it failed, MAP_FIXED_NOREPLACE where libc lacks it, a seeded random source, time. */
 #ifndef CHECK_H
 #define CHECK_H
 
@@ -8,6 +8,12 @@
 #include <time.h>
 
 #include "uvas.h"
+
+#ifdef __alpha__
+#define NOREPLACE 0x200000
+#else
+#define NOREPLACE 0x100000
+#endif
 
 #define CHECK(condition)                                                                                              \
     do {                                                                                                              \

@@ -47,13 +47,14 @@ class Builder:
 
     directory: Path
     sanitizer: str = ""
+    cc: str = os.environ.get("CC", "gcc")
 
     @property
     def compiler(self) -> list[str]:
         """The compiler with all its flags."""
         # No warnings under a sanitizer: the code that it adds makes GCC see things.
         sanitize = ["-w", f"-fsanitize={self.sanitizer}", "-fno-sanitize-recover=all"]
-        return [*shlex.split(os.environ.get("CC", "gcc")), *COMPILE, *(sanitize if self.sanitizer else WARNINGS)]
+        return [*shlex.split(self.cc), *COMPILE, *(sanitize if self.sanitizer else WARNINGS)]
 
     def compile(self, source: Path) -> Path:
         """Compile one file."""

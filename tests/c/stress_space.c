@@ -21,7 +21,6 @@
 
 #define WINDOW_BASE UINT64_C(0x551000000000)
 #define WINDOW_SIZE (UINT64_C(48) << 20)
-#define NOREPLACE 0x100000
 #define THREADS_MAX 64
 #define SLOTS 8 /* live reservations that all of our threads share: few, so that they meet */
 #define LOOKS_PER_AUDIT 10000
@@ -197,6 +196,9 @@ static void audit(void) {
     size_t differences;
     CHECK_OK(uvas_check());
     CHECK_OK(uvas_audit(space, found, 1, &differences));
+    if (differences) {
+        fprintf(stderr, "[0x%lx, +0x%zx) kind %u committed %u: %s\n", found->base, found->size, found->kind, found->committed, found->owner);
+    }
     CHECK(differences == 0);
 }
 

@@ -91,7 +91,7 @@ def test_the_attempts_are_a_bound_with_a_name() -> None:
     device = Full("full")
     with uvas.AddressSpace([device], window=WINDOW, attempts=7) as space:
         with pytest.raises(
-            uvas.AddressSpaceExhaustedError, match="attempts are spent after 7 candidates.*its firmware"
+            uvas.AddressSpaceExhaustedError, match=r"attempts are spent after 7 candidates.*its firmware"
         ):
             space.reserve(PAGE)
         assert device.asked == 7

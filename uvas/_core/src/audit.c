@@ -17,6 +17,9 @@
 #include "registry.h"
 #include "space.h"
 
+#define LOOKS_THAT_AGREE 4
+#define LOOKS_MAX 64 /* a stranger may come and go in a hole all the time */
+
 /* ---- one part against the kernel ---------------------------------------------------------------------------------------------------------------- */
 
 static bool same_file(const struct uvas_vma *vma, const struct uvas_file_id *file) {
@@ -73,6 +76,22 @@ static bool differs(struct look *look) {
         at = look->end;
     }
     return false;
+}
+
+/* As differs; but what one snapshot says counts only if the next ones say it too: qemu-user's text shows gaps where something else changes. */
+static bool differs_for_sure(struct look *look, struct uvas_maps *maps) {
+    uintptr_t from = look->start;
+    bool different = differs(look);
+    for (int agreeing = 1, looks = 1; different && maps->list && agreeing < LOOKS_THAT_AGREE && looks < LOOKS_MAX; looks++) {
+        struct look last = *look;
+        if (uvas_maps_snapshot(maps) < 0) {
+            break;
+        }
+        look->start = from;
+        different = differs(look);
+        agreeing = look->start == last.start && look->end == last.end && look->kind == last.kind ? agreeing + 1 : 1;
+    }
+    return different;
 }
 
 static bool a_drivers(const struct uvas_record *record, uintptr_t start) {
@@ -156,7 +175,7 @@ static void note(struct report *report, const struct look *look, bool healed) {
 
 /* Looks on from `offset`; at the first difference notes it, heals it if asked, and returns where to look on; record->size: done. One difference a
  * call, as healing changes the parts, for which a change has room once. */
-static size_t inspect(struct uvas_record *record, size_t offset, struct report *report, const struct uvas_maps *maps) {
+static size_t inspect(struct uvas_record *record, size_t offset, struct report *report, struct uvas_maps *maps) {
     struct uvas_piece_entry part;
     uvas_registry_lock();
     size_t i = uvas_pieces_after(&record->pieces, offset);
@@ -176,7 +195,7 @@ static size_t inspect(struct uvas_record *record, size_t offset, struct report *
         note(report, &look, false);
         return part.end;
     }
-    if (part.kind == UVAS_BACKING_DRIVER || !differs(&look)) {
+    if (part.kind == UVAS_BACKING_DRIVER || !differs_for_sure(&look, maps)) {
         return part.end;
     }
     if (a_drivers(record, look.start)) {

@@ -357,7 +357,7 @@ int uvas_vm_identify(int fd, struct uvas_file_id *out) {
     out->access = status < 0 ? -1 : status & O_ACCMODE;
     out->regular = S_ISREG(file.st_mode);
     out->block_size = (uint32_t)PAGE;
-    if (fstatfs(fd, &system) == 0 && (uint64_t)system.f_type == HUGETLBFS_MAGIC_NUMBER) {
+    if (fstatfs(fd, &system) == 0 && (uint32_t)system.f_type == HUGETLBFS_MAGIC_NUMBER) {
         out->block_size = (uint32_t)system.f_bsize;
     }
     return 0;
@@ -668,12 +668,18 @@ static void learn_tag(void) {
     uvas_vm_close(fd);
 }
 
+/* By what it does: qemu-user answers 0 to advice that it ignores. A guard takes the memory, so a mark is gone after it. */
+static bool guards(char *own) {
+    *(volatile char *)own = 1;
+    return syscall(SYS_madvise, own, PAGE, GUARD_INSTALL) == 0 && syscall(SYS_madvise, own, PAGE, GUARD_REMOVE) == 0 && *(volatile char *)own == 0;
+}
+
 static void learn_guard(void) {
     long own = map_native(0, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     uvas_vm_platform.has_guard = 0;
     if (own >= 0) {
         bool lacks = (atomic_load(&lacking) & UVAS_LACK_GUARD) != 0;
-        uvas_vm_platform.has_guard = !lacks && syscall(SYS_madvise, own, PAGE, GUARD_INSTALL) == 0;
+        uvas_vm_platform.has_guard = !lacks && guards((char *)own);
         (void)uvas_vm_unmap((uintptr_t)own, PAGE);
     }
 }

@@ -1,0 +1,209 @@
+"""Run the core on kernels that behave otherwise: real ones, not the knob of ``uvas_test_kernel``.
+
+    python tests/kernels/run.py                   those whose tools are here; the others are skipped, and it is said why
+    python tests/kernels/run.py --install         what is missing is installed first: by apt, as root, on Debian
+    python tests/kernels/run.py --json FILE       also write what was seen
+    python tests/kernels/run.py gvisor alpha      some of them
+
+On each: what ``uvas_platform`` says and whether it is so (`test_platform`), the registry against its model, the lock-free
+readers, and the race of our threads against hostile ones (`stress_space`), whose oracle is everybody's bytes. Under
+gVisor Python runs as well: ``uvas demo`` reserves matching ranges with two worker processes while squatters map there
+too, and verifies everybody's bytes and every answer. The exit code is 0 if all that ran was good.
+
+qemu-user translates system calls to this machine's kernel: it is a kernel of its own in what it knows of mmap, and a
+machine of its own in page size and byte order. gVisor is a kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from c.run import Builder, tests  # noqa: E402  # beside this directory, which is no package
+
+TIMEOUT_S = 120
+FLAGS = {1: "honoured", 2: "answers ENOMEM", 3: "ignored: moves", 4: "replaces on partial overlap", 5: "refused"}
+RACE = re.compile(r"ok stress_space .*?: (\d+) reserved, .*? (\d+) foreign")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Where programs run."""
+
+    name: str
+    title: str
+    command: tuple[str, ...] = ()
+    """What runs a program there."""
+    cc: str = "gcc"
+    packages: tuple[str, ...] = ()
+    """Debian's, for the command and the compiler."""
+    python: bool = False
+    """Whether this machine's Python runs there."""
+
+    @property
+    def missing(self) -> list[str]:
+        """The programs that are not here."""
+        return [program for program in (*self.command[:1], self.cc) if shutil.which(program) is None]
+
+
+def qemu(name: str, title: str, triplet: str, *packages: str, page_size: int | None = None) -> Kernel:
+    """Describe an architecture under qemu-user."""
+    pages = ("-p", str(page_size)) if page_size else ()
+    command = (f"qemu-{triplet.partition('-')[0]}", *pages, "-L", f"/usr/{triplet}")
+    return Kernel(name, title, command, f"{triplet}-gcc", ("qemu-user", f"gcc-{triplet}", *packages))
+
+
+ARM = ("aarch64-linux-gnu", "libc6-dev-arm64-cross")
+KERNELS = [
+    Kernel("native", f"{platform.system()} {platform.release()} {platform.machine()}", python=True),
+    Kernel(
+        "gvisor",
+        "gVisor (runsc)",
+        ("runsc", "--platform=ptrace", "--network=none", "do"),
+        packages=("runsc",),
+        python=True,
+    ),
+    qemu("aarch64", "qemu-user, aarch64, 4 KiB pages", *ARM),
+    qemu("aarch64-64k", "qemu-user, aarch64, 64 KiB pages", *ARM, page_size=65536),
+    qemu("alpha", "qemu-user, alpha: the flag is 0x200000", "alpha-linux-gnu", "libc6.1-dev-alpha-cross"),
+    qemu("sparc64", "qemu-user, sparc64: big-endian", "sparc64-linux-gnu", "libc6-dev-sparc64-cross"),
+    qemu("mips64el", "qemu-user, mips64el", "mips64el-linux-gnuabi64", "libc6-dev-mips64el-cross"),
+]
+
+
+@dataclass
+class Seen:
+    """What was seen on a kernel."""
+
+    kernel: str
+    skipped: str = ""
+    platform: dict[str, int] = field(default_factory=dict)
+    passed: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    reserved: int = 0
+    """Reservations made in the race."""
+    foreign: int = 0
+    """Mappings that hostile threads made, and found as they had left them."""
+    matched: int | None = None
+    """Ranges that the host and two worker processes agreed on."""
+
+
+def run(command: list[str]) -> tuple[int, str, str]:
+    """Run to the end; output through files: what runsc writes into a pipe may be cut."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as complaints:
+        try:
+            code = subprocess.run(command, stdout=out, stderr=complaints, timeout=TIMEOUT_S, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+            complaints.write(f"not done after {TIMEOUT_S} s")
+        out.seek(0)
+        complaints.seek(0)
+        return code, out.read(), complaints.read()
+
+
+def install(kernels: list[Kernel]) -> None:
+    """Install what is missing, if that is possible."""
+    packages = sorted({package for kernel in kernels if kernel.missing for package in kernel.packages})
+    if not packages or os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return
+    get = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run([*get, "update"], env=environment, check=False, capture_output=True)
+    for package in packages:  # one that does not exist here must not keep the others out
+        subprocess.run(
+            [*get, "install", "-y", "--no-install-recommends", package], env=environment, check=False, capture_output=True
+        )
+
+
+def look(kernel: Kernel) -> Seen:
+    """Run everything on a kernel."""
+    seen = Seen(kernel.title)
+    if kernel.missing:
+        seen.skipped = f"{' and '.join(kernel.missing)} not found: apt install {' '.join(kernel.packages)}"
+        return seen
+    if kernel.name == "gvisor":
+        code, _, why = run([*kernel.command, "true"])
+        if code:
+            seen.skipped = f"does not start here: {why.strip().splitlines()[-1:] or code}"
+            return seen
+    with tempfile.TemporaryDirectory() as directory:
+        for name, program in Builder(Path(directory), cc=kernel.cc).build(tests()).items():
+            code, said, complaints = run([*kernel.command, str(program)])
+            print(f"{kernel.name}: {name}: exit code {code}\n{said}{complaints}", end="", flush=True)
+            (seen.failed if code else seen.passed).append(name)
+            if code == 0 and name == "test_platform":
+                seen.platform = json.loads(said)
+            if code == 0 and (race := RACE.search(said)):
+                seen.reserved, seen.foreign = int(race[1]), int(race[2])
+    if kernel.python:
+        code, said, complaints = run([*kernel.command, sys.executable, "-m", "uvas", "demo", "--json"])
+        print(f"{kernel.name}: uvas demo: exit code {code}\n{said}{complaints}", end="", flush=True)
+        (seen.failed if code else seen.passed).append("uvas demo")
+        seen.matched = json.loads(said)["reserved"] if code == 0 else None
+    return seen
+
+
+def table(every: list[Seen]) -> Table:
+    """Draw what was seen."""
+    drawn = Table(box=None, header_style="bold")
+    for heading in ("kernel", "page", "flag", "query", "guards", "tag", "race: reserved / hostile", "matched", "tests"):
+        drawn.add_column(heading, overflow="fold")
+    for seen in every:
+        said = seen.platform
+        if seen.skipped or not said:
+            why = f"skipped: {seen.skipped}" if seen.skipped else f"[bold red]failed: {', '.join(seen.failed)}[/]"
+            drawn.add_row(seen.kernel, *[""] * 7, why)
+            continue
+        yes = ["no", "yes"]
+        drawn.add_row(
+            seen.kernel,
+            f"{said['page_size'] >> 10} KiB",
+            FLAGS[said["flag"]],
+            yes[said["procmap_query"]],
+            yes[said["guard"]],
+            yes[said["tag"]],
+            f"{seen.reserved:,} / {seen.foreign:,}",
+            "" if seen.matched is None else str(seen.matched),
+            f"[bold red]failed: {', '.join(seen.failed)}[/]" if seen.failed else f"{len(seen.passed)} good",
+        )
+    return drawn
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [kernel.name for kernel in KERNELS]
+    parser.add_argument("names", nargs="*", metavar="KERNEL", help=f"{', '.join(names)} (default: all)")
+    parser.add_argument("--install", action="store_true", help="install what is missing, as root on Debian")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write what was seen")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(names):
+        parser.error(f"no such kernel: {', '.join(sorted(unknown))}")
+    kernels = [kernel for kernel in KERNELS if not arguments.names or kernel.name in arguments.names]
+    if arguments.install:
+        install(kernels)
+    every = [look(kernel) for kernel in kernels]
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(table(every))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(seen) for seen in every], indent=1) + "\n")
+    return 1 if any(seen.failed for seen in every) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
