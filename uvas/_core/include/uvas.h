@@ -290,6 +290,104 @@ UVAS_API int uvas_next(uintptr_t address, struct uvas_found *out);
 UVAS_API int uvas_name(uvas_id id, char *out, size_t capacity);
 UVAS_API int uvas_space_of(uvas_id id, uvas_id *out);
 
+/* ---- arenas: blocks of any size inside reservations ------------------------------------------------------------------------ */
+
+/* An arena hands out *blocks*. What it knows of them lies apart from the memory: allocating, freeing and looking up never touch a block, which may
+ * be on a device, protected or not there at all. Small blocks come from slabs of one size each, large ones (above 64 KiB) are whole pages. Every
+ * thread keeps some slabs and pages for itself; a block may be freed by any thread. */
+
+#define UVAS_ARENA_GROWTH ((size_t)16 << 30) /* bytes of addresses that an arena takes from its space at once, where it may choose */
+
+enum uvas_arena_flags {
+    UVAS_ARENA_BARE = 1,   /* addresses only: never commits anything; the caller maps what it likes behind a block */
+    UVAS_ARENA_GUARD = 2,  /* a page that faults after each large block; it costs no mapping */
+    UVAS_ARENA_POISON = 4, /* blocks are filled with 0xdf when they are freed, which touches them */
+    UVAS_ARENA_BIND = 8,   /* memory of NUMA node `node` only */
+};
+
+enum uvas_arena_pages { /* what the memory is made of */
+    UVAS_PAGES_ANY = 0,         /* as the kernel likes */
+    UVAS_PAGES_TRANSPARENT = 1, /* the kernel is asked for transparent huge pages, in aligned spans of 2 MiB */
+    UVAS_PAGES_HUGE = 2,        /* 2 MiB pages that the administrator set aside; -ENOTSUP where there are none */
+};
+
+struct uvas_arena_options {
+    const char *name;    /* at most 63 bytes are kept; NULL: "arena" */
+    uvas_id space;       /* it takes reservations from this space as it needs them, or, if 0, */
+    uvas_id reservation; /* it lives in this one, which the caller made, and never grows. Nothing else may be committed in it */
+    uint32_t flags;      /* enum uvas_arena_flags */
+    uint32_t pages;      /* enum uvas_arena_pages */
+    uint32_t node;       /* with UVAS_ARENA_BIND */
+    size_t growth;       /* bytes of addresses taken from the space at once; 0: UVAS_ARENA_GROWTH, or less where that much is not to be had */
+    size_t limit;        /* bytes that large blocks and slabs take, at most, rounded down to pages; 0: no limit */
+    uint64_t idle_ns;    /* memory that nothing has used for so long is given back by whoever next comes by; 0: one second; UINT64_MAX: never */
+    /* Asked, with no lock held, before a call fails with -ENOMEM, -ENOSPC or -EDQUOT: it may free blocks, and answers 1 to have the call tried
+     * once more. NULL: nobody is asked. */
+    int (*exhausted)(void *context, size_t size);
+    void *context;
+};
+
+struct uvas_arena_stats {
+    uint64_t live_blocks; /* now */
+    uint64_t live_bytes;  /* of those blocks, as rounded up to sizes of slabs and pages */
+    uint64_t total_blocks; /* ever allocated */
+    uint64_t total_bytes;
+    uint64_t used_bytes; /* pages of slabs and of large blocks: what `limit` bounds */
+    uint64_t peak_bytes; /* the most that used_bytes has been (see uvas_arena_peak) */
+    uint64_t cached_bytes; /* of used_bytes: pages that threads keep for their next block, without a live block in them */
+    uint64_t reserved_bytes; /* addresses */
+    uint64_t committed_bytes; /* memory behind them */
+    uint64_t resident_bytes; /* of it, present in RAM, as the kernel says */
+    uint64_t hole_bytes; /* pages that are neither a slab's nor a large block's */
+    uint64_t hole_count;
+    uint64_t largest_hole; /* bytes */
+    uint64_t metadata_bytes; /* the arena's own bookkeeping, all of it */
+    uint64_t threads; /* that keep something */
+    uint64_t regions; /* reservations */
+    uint64_t late_frees; /* double frees that raced with the first one, found afterwards; nothing was done */
+};
+
+struct uvas_allocation { /* a live block */
+    uintptr_t base;
+    size_t size; /* usable bytes, at least what was asked for */
+    uvas_id arena;
+};
+
+UVAS_API int uvas_arena_open(const struct uvas_arena_options *options, uvas_id *out);
+/* Releases the reservations that it took. -EBUSY, with nothing changed, while a block lives. */
+UVAS_API int uvas_arena_close(uvas_id arena);
+
+/* A block of at least `size` > 0 bytes, aligned to `align` (a power of two up to 1 GiB; 0: 16 bytes). Contents are undefined; zeroed by the second.
+ * -ENOMEM: the limit is reached (failure: size, value = limit, text) or the host has no memory; -ENOSPC: no hole is large enough and the arena may
+ * not grow. Tens of instructions where the thread has a slab; otherwise O(log n) in the number of holes. */
+UVAS_API int uvas_alloc(uvas_id arena, size_t size, size_t align, uintptr_t *out);
+UVAS_API int uvas_alloc_zeroed(uvas_id arena, size_t size, size_t align, uintptr_t *out);
+/* All of them or none; *out has room for `count` addresses. */
+UVAS_API int uvas_alloc_many(uvas_id arena, const size_t *sizes, size_t count, uintptr_t *out);
+/* Only if it takes no system call, no callback and no wait for a lock that is held over either: -EAGAIN otherwise, which is no failure and
+ * changes nothing. For callers that hold a lock of their own (Python's). */
+UVAS_API int uvas_alloc_try(uvas_id arena, size_t size, size_t align, uintptr_t *out);
+/* The block with another size, in place where it can be, else moved (contents copied up to the smaller size). On failure it is as it was. */
+UVAS_API int uvas_realloc(uvas_id arena, uintptr_t address, size_t size, uintptr_t *out);
+/* -EINVAL, and nothing happens, where `address` is not the base of a live block of this arena: freed already, or never allocated. In a forked child
+ * the blocks of the parent's arenas are left alone, and the answer is 0. */
+UVAS_API int uvas_free(uvas_id arena, uintptr_t address);
+/* As uvas_free, under the conditions of uvas_alloc_try. */
+UVAS_API int uvas_free_try(uvas_id arena, uintptr_t address);
+/* Usable bytes of a live block; also in a forked child for a block of the parent's. */
+UVAS_API int uvas_allocation_size(uvas_id arena, uintptr_t address, size_t *out);
+
+/* The live block of any arena that holds an address, which may be inside it. No lock; async-signal-safe; 0 or -ENOENT (which is no failure). */
+UVAS_API int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out);
+
+/* Gives back what all threads keep and the memory of every wholly free span; *bytes (may be NULL): memory given back. */
+UVAS_API int uvas_arena_trim(uvas_id arena, uint64_t *bytes);
+UVAS_API int uvas_arena_stats(uvas_id arena, struct uvas_arena_stats *out);
+/* Starts peak_bytes anew from what is used now, or from `floor` if that is more; *was (may be NULL): what it had been. */
+UVAS_API int uvas_arena_peak(uvas_id arena, uint64_t floor, uint64_t *was);
+/* Every invariant of the arena, all threads stopped at its door meanwhile. 0, or -EINVAL with the sentence in the failure. */
+UVAS_API int uvas_arena_check(uvas_id arena);
+
 /* ---- truth ------------------------------------------------------------------------------------------------------------------ */
 
 /* Every invariant of registry and records. 0, or -EINVAL with the sentence in the failure. */
