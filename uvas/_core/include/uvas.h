@@ -296,7 +296,7 @@ UVAS_API int uvas_space_of(uvas_id id, uvas_id *out);
  * be on a device, protected or not there at all. Small blocks come from slabs of one size each, large ones (above 64 KiB) are whole pages. Every
  * thread keeps some slabs and pages for itself; a block may be freed by any thread. */
 
-#define UVAS_ARENA_GROWTH ((size_t)16 << 30) /* bytes of addresses that an arena takes from its space at once, where it may choose */
+#define UVAS_ARENA_GROWTH 17179869184 /* 16 GiB: bytes of addresses that an arena takes from its space at once, where it may choose */
 
 enum uvas_arena_flags {
     UVAS_ARENA_BARE = 1,   /* addresses only: never commits anything; the caller maps what it likes behind a block */
