@@ -16,7 +16,7 @@
 #define SLOTS 256 /* blocks on their way from one thread to another */
 #define KEPT 48   /* blocks that a thread keeps at most */
 #define ROUNDS_PER_THREAD 20000
-#define FIXED_SIZE (48 * MIB)
+#define FIXED_SIZE (16 * MIB)
 
 enum { GROWS, FIXED, HARDENED }; /* the arenas: the first one cannot refuse, the second is too small for all, the third has guards and poison */
 

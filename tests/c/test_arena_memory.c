@@ -446,17 +446,9 @@ static void refused_with_a_remedy(struct scene *scene, int rc) {
     CHECK_OK(uvas_space_close(scene->space));
 }
 
-static void huge_pages_or_a_remedy(void) {
-    long before = huge_pages();
+static void lives_in_huge_pages(void *unused) {
+    (void)unused;
     struct scene scene;
-    if (before <= 0) {
-        refused_with_a_remedy(&scene, open_with(0, UVAS_PAGES_HUGE, 0, &scene));
-    }
-    if (before != 0 || !set_huge_pages(8)) {
-        printf("   huge pages cannot be set aside here: only the refusal has been seen\n");
-        (void)(before == 0 && set_huge_pages(0));
-        return;
-    }
     CHECK_OK(open_with(0, UVAS_PAGES_HUGE, 0, &scene));
     uintptr_t at = must_alloc(scene.arena, 3 * MIB, 0), small = must_alloc(scene.arena, 100, 0), got = UNTOUCHED;
     write_pattern(at, 3 * MIB, 1);
@@ -474,7 +466,22 @@ static void huge_pages_or_a_remedy(void) {
     CHECK_OK(uvas_free(scene.arena, at));
     CHECK_OK(uvas_free(scene.arena, small));
     end_scene(&scene);
-    CHECK(set_huge_pages(0));
+}
+
+static void huge_pages_or_a_remedy(void) {
+    long before = huge_pages();
+    struct scene scene;
+    if (before <= 0) {
+        refused_with_a_remedy(&scene, open_with(0, UVAS_PAGES_HUGE, 0, &scene));
+    }
+    if (before == 0 && set_huge_pages(8)) {
+        int status = in_child(lives_in_huge_pages, NULL); /* so that they are given back whatever happens */
+        CHECK(set_huge_pages(0));
+        CHECK(ended_well(status));
+    } else {
+        printf("   huge pages cannot be set aside here: only the refusal has been seen\n");
+        (void)(before == 0 && set_huge_pages(0));
+    }
 }
 
 static void bound_to_a_node_or_a_remedy(void) {
