@@ -225,6 +225,26 @@ static void what_is_idle_is_given_back(void) {
     }
 }
 
+/* And not before: whatever is freed and allocated meanwhile. */
+static void what_was_used_lately_stays(void) {
+    struct scene scene = fixed_scene(256 * MIB, &(struct uvas_arena_options){.idle_ns = UINT64_C(60000000000)});
+    uintptr_t held[128];
+    for (size_t i = 0; i < 128; i++) {
+        held[i] = must_alloc(scene.arena, MIB, 0);
+        write_pattern(held[i], MIB, i);
+    }
+    for (size_t i = 0; i < 128; i++) { /* two that are a span, and then two elsewhere */
+        CHECK_OK(uvas_free(scene.arena, held[(i / 2 * 22 + i % 2) % 128]));
+        CHECK(stats_of(scene.arena).resident_bytes >= 128 * MIB / 2); /* the pages that were written */
+    }
+    uintptr_t again = must_alloc(scene.arena, 100 * KIB, 0);
+    CHECK_OK(uvas_free(scene.arena, again));
+    CHECK(stats_of(scene.arena).committed_bytes >= 128 * MIB);
+    CHECK_OK(uvas_arena_trim(scene.arena, NULL));
+    CHECK(stats_of(scene.arena).committed_bytes == 0);
+    end_scene(&scene);
+}
+
 /* ---- bare addresses -------------------------------------------------------------------------------------------------------- */
 
 static void a_bare_arena_commits_nothing(void) {
@@ -532,6 +552,7 @@ int main(int argc, char **argv) {
                  {"trim_gives_memory_back", trim_gives_memory_back},
                  {"trim_leaves_what_lives", trim_leaves_what_lives},
                  {"what_is_idle_is_given_back", what_is_idle_is_given_back},
+                 {"what_was_used_lately_stays", what_was_used_lately_stays},
                  {"a_bare_arena_commits_nothing", a_bare_arena_commits_nothing},
                  {"descriptors_are_mapped_into_bare_blocks", descriptors_are_mapped_into_bare_blocks},
                  {"guards_fault", guards_fault},

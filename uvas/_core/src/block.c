@@ -114,12 +114,17 @@ int uvas_allocation_size(uvas_id id, uintptr_t address, size_t *out) {
 /* ---- small blocks: inside ------------------------------------------------------------------------------------------------------------------------- */
 
 /* The lowest free block. *fresh: it was never handed out, and is zero. */
-static inline uintptr_t take(struct uvas_bin *bin, struct uvas_slab *slab, bool *fresh) {
+static inline uintptr_t take(struct uvas_bin *bin, struct uvas_slab *slab, bool *fresh, uint64_t *late) {
     uint32_t word = (uint32_t)__builtin_ctzll(slab->summary);
     uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed);
     uint32_t index = 64 * word + (uint32_t)__builtin_ctzll(bits);
     bits &= bits - 1;
     atomic_store_explicit(&uvas_slab_free(slab)[word], bits, memory_order_relaxed);
+    _Atomic uint64_t *remote = &uvas_slab_remote(slab)[word];
+    if (!LIKELY(!(atomic_load_explicit(remote, memory_order_relaxed) >> index % 64 & 1))) { /* freed twice at the same time: no block is handed out with the bit on it */
+        (void)atomic_fetch_and(remote, ~(UINT64_C(1) << index % 64));
+        (*late)++;
+    }
     slab->summary ^= (uint64_t)(bits == 0) << word;
     slab->used++;
     bin->allocated++;
@@ -316,7 +321,7 @@ static int alloc_small(struct uvas_heap *heap, const struct ask *ask, uint32_t c
         }
         struct uvas_slab *slab = refill(heap, class);
         if (slab) {
-            *out = take(&heap->bins[class], slab, &fresh);
+            *out = take(&heap->bins[class], slab, &fresh, &heap->late_frees);
             size_t bytes = uvas_class_bytes(class);
             uvas_heap_leave(heap);
             if (ask->zero && !fresh) {
@@ -382,7 +387,7 @@ static inline int alloc(uvas_id id, size_t size, size_t align, bool zero, bool w
         struct uvas_slab *slab = bin->free;
         if (LIKELY(atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id && slab && slab->summary && !zero)) {
             bool fresh;
-            *out = take(bin, slab, &fresh);
+            *out = take(bin, slab, &fresh, &heap->late_frees);
             uvas_heap_leave(heap);
             return 0;
         }
@@ -430,11 +435,7 @@ static int free_remote(struct uvas_slab *slab, size_t index) {
     if (atomic_load_explicit(free, memory_order_acquire) & bit || atomic_fetch_or(remote, bit) & bit) {
         return -EINVAL;
     }
-    if (atomic_load_explicit(free, memory_order_acquire) & bit) { /* the owner collected an earlier free of it between the two looks */
-        (void)atomic_fetch_and(remote, ~bit);
-        return -EINVAL;
-    }
-    uvas_slab_notify(slab);
+    uvas_slab_notify(slab); /* a bit that came too late, on a block that is free, is found by who collects it or hands out the block */
     return 0;
 }
 
@@ -480,8 +481,8 @@ static inline int free_inside(struct uvas_heap *heap, uintptr_t address, struct 
     }
     size_t page = (address - atomic_load_explicit(&region->base, memory_order_relaxed)) >> uvas_page_shift;
     struct uvas_run *run = atomic_load_explicit(&region->map[page], memory_order_acquire);
-    if (!LIKELY(run && address - uvas_run_base(run) < uvas_run_bytes(run))) {
-        run = uvas_region_find(region, address);
+    if (!LIKELY(run && uvas_run_state(run) == UVAS_RUN_SLAB && address - uvas_run_base(run) < uvas_run_bytes(run))) {
+        run = uvas_region_find(region, address); /* the page's own pointer may be one from earlier: it is asked with more care */
     }
     *found = run;
     uint32_t state = run ? uvas_run_state(run) : UVAS_RUN_NONE;
