@@ -21,6 +21,7 @@
 
 #define AHEAD_SHARE 8u                   /* of what is committed already is committed in advance, so that calls get rarer as an arena grows */
 #define AHEAD_MAX ((size_t)32 << 20)
+#define CLOCK UINT64_C(1)                 /* not a time but the wish to look at one */
 #define GROWTH_DOUBLES_EVERY 8u          /* regions */
 
 uint32_t uvas_page_shift;
@@ -62,7 +63,7 @@ static void make_hole(struct uvas_arena *arena, struct uvas_run *run, struct uva
     uvas_holes_add(&arena->holes, run);
 }
 
-/* A run that is nobody's joins the holes beside it. `run` describes the result. */
+/* A run that is nobody's joins the holes beside it. `run` describes the result. idle_since: 0: it is not idle; CLOCK: since now. */
 static void join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_region *region, uintptr_t base, size_t bytes, uint64_t idle_since) {
     struct uvas_run *before = hole_at(region, base - 1), *after = hole_at(region, base + bytes);
     if (before) {
@@ -78,7 +79,7 @@ static void join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_reg
     }
     make_hole(arena, run, region, base, bytes);
     if (idle_since && bytes >= UVAS_SPAN && !(arena->flags & UVAS_ARENA_BARE)) {
-        uvas_holes_note_idle(&arena->holes, run, idle_since);
+        uvas_holes_note_idle(&arena->holes, run, idle_since == CLOCK ? uvas_pages_now() : idle_since);
     }
 }
 
@@ -121,14 +122,14 @@ bool uvas_pages_give(struct uvas_arena *arena, struct uvas_run *run, struct uvas
     struct uvas_region *region = run->region;
     uintptr_t base = uvas_run_base(run);
     size_t bytes = uvas_run_bytes(run);
-    uint64_t now = bytes >= UVAS_SPAN || arena->holes.idle_first ? uvas_pages_now() : 1;
+    uint64_t now = bytes >= UVAS_SPAN || arena->holes.idle_first ? uvas_pages_now() : CLOCK; /* which is looked at if a span comes of it */
     arena->used_bytes -= bytes;
     if (hole) {
         set_state(run, UVAS_RUN_NONE);
     }
     join(arena, hole ? hole : run, region, base, bytes, now);
     const struct uvas_run *idle = arena->holes.idle_first;
-    return idle && now - idle->idle_since > arena->idle_ns && now > idle->idle_since;
+    return idle && now > idle->idle_since && now - idle->idle_since > arena->idle_ns;
 }
 
 /* ---- memory ----------------------------------------------------------------------------------------------------------------------------------------- */
@@ -467,6 +468,7 @@ static int extend(struct uvas_arena *arena, struct uvas_run *run, size_t bytes, 
             if (!(arena->flags & UVAS_ARENA_BARE)) {
                 uvas_region_touch(run->region, end, more);
             }
+            arena->ended_bytes += more;
             set_state(tail, UVAS_RUN_NONE);
             uvas_run_place(run, run->region, uvas_run_base(run), bytes);
             uvas_region_mark(run->region, run, UVAS_RUN_LARGE);
