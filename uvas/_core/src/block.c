@@ -17,6 +17,8 @@
 #define ALIGN_LEAST ((size_t)16)
 
 #define LIKELY(condition) __builtin_expect(!!(condition), 1)
+#define QUICK static inline __attribute__((always_inline))
+#define SLOW __attribute__((noinline)) /* kept out of the short ways, which then need no stack */
 
 struct ask { /* what a caller wants */
     uvas_id id;
@@ -37,7 +39,7 @@ struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t 
     return NULL;
 }
 
-static inline size_t index_in(const struct uvas_slab *slab, size_t offset) {
+QUICK size_t index_in(const struct uvas_slab *slab, size_t offset) {
     return (size_t)(offset * atomic_load_explicit(&slab->reciprocal, memory_order_relaxed) >> RECIPROCAL_BITS);
 }
 
@@ -88,7 +90,7 @@ int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out) {
     return 0;
 }
 
-static int not_live(uintptr_t address) {
+SLOW static int not_live(uintptr_t address) {
     return uvas_fail_invalid("0x%lx is not the base of a live block of this arena: it was freed already, or never allocated there", address);
 }
 
@@ -113,17 +115,15 @@ int uvas_allocation_size(uvas_id id, uintptr_t address, size_t *out) {
 
 /* ---- small blocks: inside ------------------------------------------------------------------------------------------------------------------------- */
 
-/* The lowest free block. *fresh: it was never handed out, and is zero. */
-static inline uintptr_t take(struct uvas_bin *bin, struct uvas_slab *slab, bool *fresh) {
+/* The lowest free block of a slab that has one. */
+QUICK uintptr_t take(struct uvas_bin *bin, struct uvas_slab *slab) {
     uint32_t word = (uint32_t)__builtin_ctzll(slab->summary);
-    uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed);
+    uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed), rest = bits & (bits - 1);
     uint32_t index = 64 * word + (uint32_t)__builtin_ctzll(bits);
-    bits &= bits - 1;
-    atomic_store_explicit(&uvas_slab_free(slab)[word], bits, memory_order_relaxed);
-    slab->summary ^= (uint64_t)(bits == 0) << word;
+    atomic_store_explicit(&uvas_slab_free(slab)[word], rest, memory_order_relaxed);
+    slab->summary ^= (uint64_t)(rest == 0) << word;
     slab->used++;
     bin->allocated++;
-    *fresh = slab->clean && index >= slab->high;
     slab->high = index >= slab->high ? index + 1 : slab->high;
     return uvas_run_base(&slab->run) + (uintptr_t)index * atomic_load_explicit(&slab->block_bytes, memory_order_relaxed);
 }
@@ -309,15 +309,16 @@ static int add_slab(struct uvas_heap *heap, const struct ask *ask, uint32_t clas
  * `exhausted` may have freed blocks in slabs. */
 static int alloc_small(struct uvas_heap *heap, const struct ask *ask, uint32_t class, uintptr_t *out) {
     for (uint32_t tries = 0;;) {
-        bool fresh;
         int rc = go_in(heap, ask->id, ask->wait);
         if (rc < 0) {
             return rc;
         }
         struct uvas_slab *slab = refill(heap, class);
         if (slab) {
-            *out = take(&heap->bins[class], slab, &fresh);
+            uint32_t high = slab->high;
             size_t bytes = uvas_class_bytes(class);
+            *out = take(&heap->bins[class], slab);
+            bool fresh = slab->clean && slab->high > high; /* never handed out before, so zero */
             uvas_heap_leave(heap);
             if (ask->zero && !fresh) {
                 memset((void *)*out, 0, bytes);
@@ -356,14 +357,16 @@ static uint32_t class_for(size_t size, size_t align) {
     return class;
 }
 
-static int alloc_any(const struct ask *asked, uintptr_t *out) {
-    struct ask ask = *asked;
-    ask.align = ask.align > ALIGN_LEAST ? ask.align : ALIGN_LEAST;
-    if (ask.size == 0 || (ask.align & (ask.align - 1)) || ask.align > UVAS_ALIGN_MAX) {
-        return uvas_fail_invalid("%zu bytes aligned to 0x%zx: a block has at least 1 byte, alignments are powers of two up to 0x%zx", ask.size,
-                                 ask.align, UVAS_ALIGN_MAX);
+/* How uvas_alloc and its kin differ. */
+enum { ZERO = 1, NO_WAIT = 2 };
+
+SLOW static int alloc_any(uvas_id id, size_t size, size_t align, unsigned how, uintptr_t *out) {
+    struct ask ask = {.id = id, .size = size, .align = align > ALIGN_LEAST ? align : ALIGN_LEAST, .zero = how & ZERO, .wait = !(how & NO_WAIT)};
+    if (size == 0 || (align & (align - 1)) || align > UVAS_ALIGN_MAX) {
+        return uvas_fail_invalid("%zu bytes aligned to 0x%zx: a block has at least 1 byte, alignments are powers of two up to 0x%zx", size, align,
+                                 UVAS_ALIGN_MAX);
     }
-    struct uvas_heap *heap = uvas_heap_of(ask.id, ask.wait);
+    struct uvas_heap *heap = uvas_heap_of(id, ask.wait);
     if (!heap) {
         return ask.wait ? uvas_last_failure()->code : -EAGAIN;
     }
@@ -374,39 +377,36 @@ static int alloc_any(const struct ask *asked, uintptr_t *out) {
     return class < UVAS_CLASSES ? alloc_small(heap, &ask, class, out) : alloc_large(heap, &ask, out);
 }
 
-static inline int alloc(uvas_id id, size_t size, size_t align, bool zero, bool wait, uintptr_t *out) {
-    struct uvas_heap *heap = uvas_heap_known(id);
-    if (LIKELY(heap && size - 1 < UVAS_SMALL_MAX && align <= ALIGN_LEAST && !(align & (align - 1)) && uvas_heap_enter(heap))) {
-        uint32_t class = uvas_class_of(size);
-        struct uvas_bin *bin = &heap->bins[class];
+QUICK int alloc(uvas_id id, size_t size, size_t align, unsigned how, uintptr_t *out) {
+    struct uvas_heap *heap = uvas_heap_listed(id);
+    if (LIKELY(heap && size - 1 < UVAS_SMALL_MAX && (align == 0 || align == ALIGN_LEAST) && uvas_heap_enter(heap))) {
+        struct uvas_bin *bin = &heap->bins[uvas_class_of(size)];
         struct uvas_slab *slab = bin->free;
-        if (LIKELY(atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id && slab && slab->summary && !zero)) {
-            bool fresh;
-            *out = take(bin, slab, &fresh);
+        if (LIKELY(slab && slab->summary && !(how & ZERO) && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id)) {
+            *out = take(bin, slab);
             uvas_heap_leave(heap);
             return 0;
         }
         uvas_heap_leave(heap);
     }
-    struct ask ask = {.id = id, .size = size, .align = align, .zero = zero, .wait = wait};
-    return alloc_any(&ask, out);
+    return alloc_any(id, size, align, how, out);
 }
 
 int uvas_alloc(uvas_id arena, size_t size, size_t align, uintptr_t *out) {
-    return alloc(arena, size, align, false, true, out);
+    return alloc(arena, size, align, 0, out);
 }
 
 int uvas_alloc_zeroed(uvas_id arena, size_t size, size_t align, uintptr_t *out) {
-    return alloc(arena, size, align, true, true, out);
+    return alloc(arena, size, align, ZERO, out);
 }
 
 int uvas_alloc_try(uvas_id arena, size_t size, size_t align, uintptr_t *out) {
-    return alloc(arena, size, align, false, false, out);
+    return alloc(arena, size, align, NO_WAIT, out);
 }
 
 int uvas_alloc_many(uvas_id arena, const size_t *sizes, size_t count, uintptr_t *out) {
     for (size_t i = 0; i < count; i++) {
-        int rc = alloc(arena, sizes[i], 0, false, true, &out[i]);
+        int rc = alloc(arena, sizes[i], 0, 0, &out[i]);
         if (rc < 0) {
             struct uvas_failure said = *uvas_last_failure();
             while (i-- > 0) {
@@ -424,7 +424,7 @@ int uvas_alloc_many(uvas_id arena, const size_t *sizes, size_t count, uintptr_t 
 enum { GIVE_IDLE = 1, WANTS_OUTSIDE = 2 }; /* answers of free_inside that are no failures */
 
 /* By a thread that does not own the slab. */
-static int free_remote(struct uvas_slab *slab, size_t index) {
+SLOW static int free_remote(struct uvas_slab *slab, size_t index) {
     uint64_t bit = UINT64_C(1) << index % 64;
     _Atomic uint64_t *remote = &uvas_slab_remote(slab)[index / 64], *free = &uvas_slab_free(slab)[index / 64];
     if (atomic_load_explicit(free, memory_order_acquire) & bit || atomic_fetch_or(remote, bit) & bit) {
@@ -438,7 +438,7 @@ static int free_remote(struct uvas_slab *slab, size_t index) {
     return 0;
 }
 
-static inline int free_small(struct uvas_heap *heap, struct uvas_slab *slab, size_t offset) {
+QUICK int free_small(struct uvas_heap *heap, struct uvas_slab *slab, size_t offset) {
     size_t index = index_in(slab, offset);
     if (index * atomic_load_explicit(&slab->block_bytes, memory_order_relaxed) != offset ||
         index >= atomic_load_explicit(&slab->count, memory_order_relaxed)) {
@@ -453,13 +453,14 @@ static inline int free_small(struct uvas_heap *heap, struct uvas_slab *slab, siz
     }
     atomic_store_explicit(&uvas_slab_free(slab)[word], bits | bit, memory_order_release);
     slab->summary |= UINT64_C(1) << word;
-    if (!LIKELY(--slab->used != 0 && slab->listed)) {
+    if (!LIKELY(slab->listed && (--slab->used != 0 || (!slab->next && !slab->previous)))) {
+        slab->used -= !slab->listed;
         uvas_slab_changed(heap, slab);
     }
     return 0;
 }
 
-static int free_large(struct uvas_heap *heap, struct uvas_run *run) {
+SLOW static int free_large(struct uvas_heap *heap, struct uvas_run *run) {
     uint32_t live = UVAS_RUN_LARGE;
     bool guarded = atomic_load_explicit(&run->guard, memory_order_relaxed) != 0;
     if (!atomic_compare_exchange_strong(&run->state, &live, guarded ? UVAS_RUN_BUSY : UVAS_RUN_KEPT)) {
@@ -468,26 +469,41 @@ static int free_large(struct uvas_heap *heap, struct uvas_run *run) {
     return guarded ? WANTS_OUTSIDE : keep(heap, run) ? GIVE_IDLE : 0;
 }
 
+/* In a region that is not the one where the last block was. Inside. */
+SLOW static bool look_around(struct uvas_heap *heap, uintptr_t address) {
+    struct uvas_region *region = uvas_arena_region(heap->arena, address);
+    if (region) {
+        heap->near_base = atomic_load_explicit(&region->base, memory_order_relaxed);
+        heap->near_bytes = atomic_load_explicit(&region->bytes, memory_order_relaxed);
+        heap->near_map = region->map;
+    }
+    return region != NULL;
+}
+
+/* Other than a block of a slab, or by another pointer than the page's own. Inside. */
+SLOW static struct uvas_run *look_twice(const struct uvas_heap *heap, uintptr_t address) {
+    const struct uvas_region *region = uvas_arena_region(heap->arena, address);
+    return region ? uvas_region_find(region, address) : NULL;
+}
+
 /* 0, GIVE_IDLE, WANTS_OUTSIDE with *found, or -EINVAL. */
-static inline int free_inside(struct uvas_heap *heap, uintptr_t address, struct uvas_run **found) {
-    struct uvas_region *region = atomic_load_explicit(&heap->arena->regions[0], memory_order_relaxed);
-    if (!LIKELY(region && address - atomic_load_explicit(&region->base, memory_order_relaxed) <
-                              atomic_load_explicit(&region->bytes, memory_order_relaxed))) {
-        region = uvas_arena_region(heap->arena, address);
-        if (!region) {
+QUICK int free_inside(struct uvas_heap *heap, uintptr_t address, struct uvas_run **found) {
+    if (!LIKELY(address - heap->near_base < heap->near_bytes) && !look_around(heap, address)) {
+        return -EINVAL;
+    }
+    size_t page = (address - heap->near_base) >> uvas_page_shift;
+    struct uvas_run *run = atomic_load_explicit(&heap->near_map[page], memory_order_acquire);
+    if (!LIKELY(run && address - uvas_run_base(run) < uvas_run_bytes(run))) {
+        run = look_twice(heap, address);
+        if (!run) {
             return -EINVAL;
         }
     }
-    size_t page = (address - atomic_load_explicit(&region->base, memory_order_relaxed)) >> uvas_page_shift;
-    struct uvas_run *run = atomic_load_explicit(&region->map[page], memory_order_acquire);
-    if (!LIKELY(run && address - uvas_run_base(run) < uvas_run_bytes(run))) {
-        run = uvas_region_find(region, address);
-    }
-    *found = run;
-    uint32_t state = run ? uvas_run_state(run) : UVAS_RUN_NONE;
+    uint32_t state = uvas_run_state(run);
     if (LIKELY(state == UVAS_RUN_SLAB)) {
         return free_small(heap, (struct uvas_slab *)run, address - uvas_run_base(run));
     }
+    *found = run;
     return state == UVAS_RUN_LARGE && address == uvas_run_base(run) ? free_large(heap, run) : -EINVAL;
 }
 
@@ -516,7 +532,7 @@ static void poison(const struct uvas_arena *arena, uintptr_t address) {
     }
 }
 
-static int free_any(uvas_id id, uintptr_t address, bool wait) {
+SLOW static int free_any(uvas_id id, uintptr_t address, bool wait) {
     if (uvas_arena_inherited(id)) {
         return 0; /* the parent's: here it is memory like any other, and nobody hands it out */
     }
@@ -547,8 +563,19 @@ static int free_any(uvas_id id, uintptr_t address, bool wait) {
     return rc == -EINVAL ? not_live(address) : 0;
 }
 
-static inline int free_block(uvas_id id, uintptr_t address, bool wait) {
-    struct uvas_heap *heap = uvas_heap_known(id);
+/* What is left to do outside. */
+SLOW static int free_ends(struct uvas_arena *arena, int rc, uvas_id id, uintptr_t address, bool wait) {
+    if (rc == GIVE_IDLE) {
+        if (wait) {
+            (void)uvas_pages_trim(arena, uvas_pages_now() - arena->idle_ns, 1);
+        }
+        return 0;
+    }
+    return rc == -EINVAL ? not_live(address) : free_any(id, address, wait);
+}
+
+QUICK int free_block(uvas_id id, uintptr_t address, bool wait) {
+    struct uvas_heap *heap = uvas_heap_listed(id);
     if (!LIKELY(heap && !heap->hardened && uvas_heap_enter(heap))) {
         return free_any(id, address, wait);
     }
@@ -559,16 +586,7 @@ static inline int free_block(uvas_id id, uintptr_t address, bool wait) {
         rc = free_inside(heap, address, &run);
     }
     uvas_heap_leave(heap);
-    if (LIKELY(rc == 0)) {
-        return 0;
-    }
-    if (rc == GIVE_IDLE) {
-        if (wait) {
-            (void)uvas_pages_trim(arena, uvas_pages_now() - arena->idle_ns, 1);
-        }
-        return 0;
-    }
-    return rc == -EINVAL ? not_live(address) : free_any(id, address, wait);
+    return LIKELY(rc == 0) ? 0 : free_ends(arena, rc, id, address, wait);
 }
 
 int uvas_free(uvas_id arena, uintptr_t address) {
