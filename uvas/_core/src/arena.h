@@ -210,6 +210,7 @@ struct uvas_heap {
     uint64_t large_blocks, large_bytes;  /* allocated, ever */
     uint64_t late_frees;
     size_t kept_bytes;
+    uint32_t visits; /* of slower ways */
     uint32_t kept_next; /* where the next kept run goes */
     struct uvas_run *kept[UVAS_KEPT_RUNS];
     struct uvas_bin bins[UVAS_CLASSES];
@@ -245,12 +246,13 @@ struct uvas_arena {
 enum uvas_effort {
     UVAS_EFFORT_NO_WAIT, /* no system call, no wait: -EAGAIN instead, and nothing is said */
     UVAS_EFFORT_MODEST,  /* the arena may grow and commit; nobody is disturbed */
-    UVAS_EFFORT_FULL,    /* everything that threads keep is called in, idle memory is given back, the caller's `exhausted` is asked */
+    UVAS_EFFORT_FULL,    /* everything that threads keep is called in, idle memory is given back */
 };
 
 struct uvas_request { /* of whole pages */
     struct uvas_arena *arena;
     uvas_id id; /* the arena's, for which it was looked up */
+    size_t asked; /* what the caller of the caller wanted, for messages */
     size_t bytes, align;
     enum uvas_effort effort;
     bool zero; /* its bytes are to be zero */
@@ -268,6 +270,7 @@ bool uvas_pages_give(struct uvas_arena *arena, struct uvas_run *run, struct uvas
 int uvas_pages_resize(struct uvas_arena *arena, struct uvas_run *run, size_t bytes);
 /* Gives back the memory of free spans, of holes that have been idle since `until` or longer only. Outside; waits. Returns bytes. */
 uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most);
+bool uvas_pages_idle(const struct uvas_arena *arena); /* some hole has been idle for long. Under lock */
 uint64_t uvas_pages_now(void); /* ns, of a coarse clock */
 void uvas_pages_collect(struct uvas_arena *arena); /* all that threads keep is the arena's again. Outside; shuts the doors */
 /* The next committed stretch of a region from *at on (0: from its start): [*at, *until). By anyone. */
@@ -283,8 +286,9 @@ static inline size_t uvas_page(void) {
 
 /* -- heap.c -- */
 
-/* The calling thread's heap in an arena, made at its first use; NULL: the arena is dead, or there is no memory, and it is said. */
-struct uvas_heap *uvas_heap_of(uvas_id arena, bool may_wait);
+/* The calling thread's heap in an arena, made at its first use; NULL with *rc: the arena is dead, which is said; there is no memory, which is said if
+ * it may wait; -EAGAIN. */
+struct uvas_heap *uvas_heap_of(uvas_id arena, bool may_wait, int *rc);
 void uvas_heap_wait_at_door(struct uvas_heap *heap);
 void uvas_doors_shut(struct uvas_arena *arena); /* every thread is outside, and stays there */
 void uvas_doors_open(struct uvas_arena *arena);

@@ -15,6 +15,7 @@
 #define RECIPROCAL_BITS 40 /* slab.c */
 #define POISON 0xdf
 #define ALIGN_LEAST ((size_t)16)
+#define VISITS 16u /* one in so many reads the clock */
 
 #define LIKELY(condition) __builtin_expect(!!(condition), 1)
 #define QUICK static inline __attribute__((always_inline))
@@ -163,6 +164,24 @@ static int go_in(struct uvas_heap *heap, uvas_id id, bool wait) {
     return 0;
 }
 
+/* ---- idle memory: whoever comes by on a slower way looks, now and then ------------------------------------------------------------------------------- */
+
+/* Inside. true: somebody should trim. */
+static bool comes_by(struct uvas_heap *heap) {
+    if (++heap->visits % VISITS) {
+        return false;
+    }
+    (void)pthread_mutex_lock(&heap->arena->lock);
+    bool idle = uvas_pages_idle(heap->arena);
+    (void)pthread_mutex_unlock(&heap->arena->lock);
+    return idle;
+}
+
+/* Outside. */
+static void trim_idle(struct uvas_arena *arena) {
+    (void)uvas_pages_trim(arena, uvas_pages_now() - arena->idle_ns, 1);
+}
+
 /* ---- large blocks ---------------------------------------------------------------------------------------------------------------------------------- */
 
 static size_t whole_pages(size_t size) {
@@ -208,7 +227,7 @@ static bool keep(struct uvas_heap *heap, struct uvas_run *run) {
             *slot = run;
             heap->kept_bytes += bytes;
             heap->kept_next = (heap->kept_next + 1) % UVAS_KEPT_RUNS;
-            return idle;
+            return comes_by(heap) || idle;
         }
         heap->kept_next = (heap->kept_next + 1) % UVAS_KEPT_RUNS;
     }
@@ -238,7 +257,7 @@ static int take_run(struct uvas_heap *heap, const struct ask *ask, size_t bytes,
     if (!run) {
         return ask->wait ? uvas_fail_memory(0, sizeof *run, "the host") : -EAGAIN;
     }
-    struct uvas_request request = {.arena = arena, .id = ask->id, .bytes = bytes, .zero = ask->zero,
+    struct uvas_request request = {.arena = arena, .id = ask->id, .asked = ask->size, .bytes = bytes, .zero = ask->zero,
                                    .align = ask->align > uvas_page() ? ask->align : uvas_page(),
                                    .effort = ask->wait ? UVAS_EFFORT_FULL : UVAS_EFFORT_NO_WAIT};
     int rc = uvas_pages_take(&request, &run, &touched);
@@ -305,10 +324,9 @@ static int add_slab(struct uvas_heap *heap, const struct ask *ask, uint32_t clas
     return rc;
 }
 
-/* Where there is no room for a slab: what threads keep is called in, then the block is a run of its own, then the first again, as the caller's
- * `exhausted` may have freed blocks in slabs. */
+/* Where there is no room for a slab: what threads keep is called in, which may bring a slab with a free block; then the block is a run of its own. */
 static int alloc_small(struct uvas_heap *heap, const struct ask *ask, uint32_t class, uintptr_t *out) {
-    for (uint32_t tries = 0;;) {
+    for (bool collected = false;;) {
         int rc = go_in(heap, ask->id, ask->wait);
         if (rc < 0) {
             return rc;
@@ -319,7 +337,11 @@ static int alloc_small(struct uvas_heap *heap, const struct ask *ask, uint32_t c
             size_t bytes = uvas_class_bytes(class);
             *out = take(&heap->bins[class], slab);
             bool fresh = slab->clean && slab->high > high; /* never handed out before, so zero */
+            bool idle = ask->wait && comes_by(heap);
             uvas_heap_leave(heap);
+            if (idle) {
+                trim_idle(heap->arena);
+            }
             if (ask->zero && !fresh) {
                 memset((void *)*out, 0, bytes);
             }
@@ -333,15 +355,11 @@ static int alloc_small(struct uvas_heap *heap, const struct ask *ask, uint32_t c
         if (!ask->wait || rc == -ESTALE) {
             return rc == -ESTALE ? rc : -EAGAIN;
         }
-        if (tries == 0) {
-            uvas_pages_collect(heap->arena);
-        } else {
-            rc = alloc_large(heap, ask, out);
-            if (rc == 0 || tries == 2) {
-                return rc;
-            }
+        if (collected) {
+            return alloc_large(heap, ask, out);
         }
-        tries++;
+        uvas_pages_collect(heap->arena);
+        collected = true;
     }
 }
 
@@ -357,6 +375,11 @@ static uint32_t class_for(size_t size, size_t align) {
     return class;
 }
 
+static int try_alloc(struct uvas_heap *heap, const struct ask *ask, uintptr_t *out) {
+    uint32_t class = class_for(ask->size, ask->align);
+    return class < UVAS_CLASSES ? alloc_small(heap, ask, class, out) : alloc_large(heap, ask, out);
+}
+
 /* How uvas_alloc and its kin differ. */
 enum { ZERO = 1, NO_WAIT = 2 };
 
@@ -366,15 +389,23 @@ SLOW static int alloc_any(uvas_id id, size_t size, size_t align, unsigned how, u
         return uvas_fail_invalid("%zu bytes aligned to 0x%zx: a block has at least 1 byte, alignments are powers of two up to 0x%zx", size, align,
                                  UVAS_ALIGN_MAX);
     }
-    struct uvas_heap *heap = uvas_heap_of(id, ask.wait);
+    int rc;
+    struct uvas_heap *heap = uvas_heap_of(id, ask.wait, &rc);
     if (!heap) {
-        return ask.wait ? uvas_last_failure()->code : -EAGAIN;
+        return rc;
     }
     if (ask.zero && (heap->arena->flags & UVAS_ARENA_BARE)) {
         return uvas_fail_invalid("an arena of bare addresses has no bytes to zero");
     }
-    uint32_t class = class_for(ask.size, ask.align);
-    return class < UVAS_CLASSES ? alloc_small(heap, &ask, class, out) : alloc_large(heap, &ask, out);
+    rc = try_alloc(heap, &ask, out);
+    if ((rc == -ENOMEM || rc == -ENOSPC || rc == -EDQUOT) && heap->arena->exhausted) {
+        struct uvas_failure said = *uvas_last_failure();
+        if (heap->arena->exhausted(heap->arena->context, size) == 1) {
+            return try_alloc(heap, &ask, out);
+        }
+        *uvas_fail(said.kind, said.code) = said;
+    }
+    return rc;
 }
 
 QUICK int alloc(uvas_id id, size_t size, size_t align, unsigned how, uintptr_t *out) {
@@ -480,10 +511,16 @@ SLOW static bool look_around(struct uvas_heap *heap, uintptr_t address) {
     return region != NULL;
 }
 
-/* Other than a block of a slab, or by another pointer than the page's own. Inside. */
-SLOW static struct uvas_run *look_twice(const struct uvas_heap *heap, uintptr_t address) {
+/* A large block; or a slab's that the page's own pointer did not lead to, as that may be an old one. Inside. */
+SLOW static int free_other(struct uvas_heap *heap, uintptr_t address, struct uvas_run **found) {
     const struct uvas_region *region = uvas_arena_region(heap->arena, address);
-    return region ? uvas_region_find(region, address) : NULL;
+    struct uvas_run *run = region ? uvas_region_find(region, address) : NULL;
+    uint32_t state = run ? uvas_run_state(run) : UVAS_RUN_NONE;
+    if (state == UVAS_RUN_SLAB) {
+        return free_small(heap, (struct uvas_slab *)run, address - uvas_run_base(run));
+    }
+    *found = run;
+    return state == UVAS_RUN_LARGE && address == uvas_run_base(run) ? free_large(heap, run) : -EINVAL;
 }
 
 /* 0, GIVE_IDLE, WANTS_OUTSIDE with *found, or -EINVAL. */
@@ -493,18 +530,10 @@ QUICK int free_inside(struct uvas_heap *heap, uintptr_t address, struct uvas_run
     }
     size_t page = (address - heap->near_base) >> uvas_page_shift;
     struct uvas_run *run = atomic_load_explicit(&heap->near_map[page], memory_order_acquire);
-    if (!LIKELY(run && address - uvas_run_base(run) < uvas_run_bytes(run))) {
-        run = look_twice(heap, address);
-        if (!run) {
-            return -EINVAL;
-        }
-    }
-    uint32_t state = uvas_run_state(run);
-    if (LIKELY(state == UVAS_RUN_SLAB)) {
+    if (LIKELY(run && uvas_run_state(run) == UVAS_RUN_SLAB && address - uvas_run_base(run) < uvas_run_bytes(run))) {
         return free_small(heap, (struct uvas_slab *)run, address - uvas_run_base(run));
     }
-    *found = run;
-    return state == UVAS_RUN_LARGE && address == uvas_run_base(run) ? free_large(heap, run) : -EINVAL;
+    return free_other(heap, address, found);
 }
 
 /* The guard comes down before the pages are anybody else's. Outside; the run is BUSY. */
@@ -536,9 +565,10 @@ SLOW static int free_any(uvas_id id, uintptr_t address, bool wait) {
     if (uvas_arena_inherited(id)) {
         return 0; /* the parent's: here it is memory like any other, and nobody hands it out */
     }
-    struct uvas_heap *heap = uvas_heap_of(id, wait);
+    int rc;
+    struct uvas_heap *heap = uvas_heap_of(id, wait, &rc);
     if (!heap) {
-        return wait ? uvas_last_failure()->code : -EAGAIN;
+        return rc;
     }
     if (heap->hardened && !wait) {
         return -EAGAIN;
@@ -548,7 +578,7 @@ SLOW static int free_any(uvas_id id, uintptr_t address, bool wait) {
     }
     struct uvas_run *run;
     struct uvas_arena *arena = heap->arena;
-    int rc = go_in(heap, id, wait);
+    rc = go_in(heap, id, wait);
     if (rc < 0) {
         return rc;
     }
@@ -558,7 +588,7 @@ SLOW static int free_any(uvas_id id, uintptr_t address, bool wait) {
         return free_guarded(arena, run);
     }
     if (rc == GIVE_IDLE && wait) {
-        (void)uvas_pages_trim(arena, uvas_pages_now() - arena->idle_ns, 1);
+        trim_idle(arena);
     }
     return rc == -EINVAL ? not_live(address) : 0;
 }
@@ -567,7 +597,7 @@ SLOW static int free_any(uvas_id id, uintptr_t address, bool wait) {
 SLOW static int free_ends(struct uvas_arena *arena, int rc, uvas_id id, uintptr_t address, bool wait) {
     if (rc == GIVE_IDLE) {
         if (wait) {
-            (void)uvas_pages_trim(arena, uvas_pages_now() - arena->idle_ns, 1);
+            trim_idle(arena);
         }
         return 0;
     }

@@ -96,7 +96,7 @@ static struct uvas_heap *settle(struct uvas_arena *arena, struct uvas_heap *fres
 }
 
 /* A thread's old heap is of another arena now gone, or of none: it is used again. */
-struct uvas_heap *uvas_heap_of(uvas_id id, bool may_wait) {
+struct uvas_heap *uvas_heap_of(uvas_id id, bool may_wait, int *rc) {
     struct uvas_heap *heap = uvas_heap_listed(id);
     if (heap && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id) {
         return heap;
@@ -104,6 +104,7 @@ struct uvas_heap *uvas_heap_of(uvas_id id, bool may_wait) {
     uint32_t index = (uint32_t)id & UVAS_ARENA_INDEX;
     struct uvas_arena *arena = uvas_arena_get(id);
     if (!arena) {
+        *rc = -ESTALE;
         return NULL;
     }
     struct uvas_heap *fresh = widen(index) ? uvas_thread.list[index] : NULL;
@@ -113,7 +114,7 @@ struct uvas_heap *uvas_heap_of(uvas_id id, bool may_wait) {
         if (fresh && !own) {
             uvas_metadata_give(UVAS_METADATA_HEAP, fresh);
         }
-        (void)uvas_fail_memory(0, sizeof *fresh, "the host");
+        *rc = may_wait ? uvas_fail_memory(0, sizeof *fresh, "the host") : -EAGAIN;
         return NULL;
     }
     bool alive = arena->id == id;
@@ -124,7 +125,7 @@ struct uvas_heap *uvas_heap_of(uvas_id id, bool may_wait) {
         uvas_metadata_give(UVAS_METADATA_HEAP, fresh);
     }
     if (!heap) {
-        (void)uvas_fail_released("arena", id);
+        *rc = uvas_fail_released("arena", id);
         return NULL;
     }
     uvas_thread.list[index] = heap;

@@ -99,7 +99,7 @@ int uvas_slab_make(struct uvas_arena *arena, uvas_id id, uint32_t class, enum uv
         slab->words = 1u << (kind - UVAS_METADATA_SLAB);
     }
     slab->run.spare = uvas_metadata_take(UVAS_METADATA_RUN, wait);
-    struct uvas_request request = {.arena = arena, .id = id, .bytes = bytes, .align = uvas_page(), .effort = effort, .slab = true};
+    struct uvas_request request = {.arena = arena, .id = id, .asked = bytes, .bytes = bytes, .align = uvas_page(), .effort = effort, .slab = true};
     struct uvas_run *run = &slab->run;
     int rc = slab->run.spare ? uvas_pages_take(&request, &run, &touched) : -EAGAIN;
     if (rc < 0) {
