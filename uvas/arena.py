@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterable
 from errno import EBUSY, EDQUOT, ENOMEM, ENOSPC, ESTALE
 from itertools import count
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from uvas._core import allocation as core
 from uvas._core import fast, ffi, lib
+from uvas._core._allocation import Allocation as Allocation
 from uvas.devices.adapter import raise_answer
 from uvas.devices.transport import address_of
 from uvas.errors import OutOfMemoryError, ReleasedError
@@ -58,19 +59,14 @@ _keys = count(1)
 os.register_at_fork(after_in_child=_arenas.clear)
 
 
-class Allocation(core.Block):
-    """A block of an arena: ``[base, base + size)``. Made by `Arena.alloc`.
-
-    It is freed by `free`, at the end of a ``with`` block, or when neither it nor any array over it lives. As a context
-    manager it is freed at the end; under a live array it then refuses new ones and is freed when the last one goes.
-    """
-
-    __slots__ = ()
+class _Methods(Allocation if TYPE_CHECKING else object):  # type: ignore[misc]  # final for everybody else
+    """What `Allocation`, which is written in C, has beside the methods for which speed matters."""
 
     @property
     def end(self) -> int:
         """The first address after it."""
-        return self.base + self.size
+        end: int = self.base + self.size
+        return end
 
     @property
     def range(self) -> Range:
@@ -140,6 +136,11 @@ class Allocation(core.Block):
         arena = self.arena
         of = f" of {arena.name!r}" if arena is not None else ""
         return f"<Allocation [{self.base:#x}, {self.end:#x}){of}{', freed' if self.freed else ''}>"
+
+
+for _name, _method in vars(_Methods).items():
+    if _name not in ("__module__", "__doc__", "__dict__", "__weakref__"):
+        setattr(Allocation, _name, _method)
 
 
 class Region(Reservation):

@@ -182,7 +182,7 @@ def is_unified(array: npt.NDArray[Any]) -> bool:
 
 
 def _in_unified_memory(function: _F, summary: str) -> _F:
-    made: Any = handler.Under(function, _default.memory)
+    made: Any = handler.Under(function, _default.memory, function in (np.empty, np.zeros))
     made.__name__ = made.__qualname__ = function.__name__
     made.__module__ = __name__
     made.__doc__ = f"{summary}\n\n    Exactly as `numpy.{function.__name__}`, whose parameters and errors it has.\n    "

@@ -2,7 +2,8 @@
  *
  *   Core        the arena in C. Every block has a reference to it, so it closes after the last of them
  *   Allocator   what Python's Arena derives from: alloc, and many at once
- *   Block       what Python's Allocation derives from: free, exactly once
+ *   Block       Python's Allocation: free, exactly once. Python adds the methods that are not for speed (uvas/arena.py): a class of Python's that derived
+ *               from it would have a garbage collector's head, and cost twice as much to make
  *   Hold        the base of an array over a block: while it lives, the block does
  *
  * A block refers to the core and not to the Arena, which may have a callback that refers to blocks: so there is no cycle, and blocks need no garbage
@@ -261,11 +262,17 @@ static PyType_Spec core_spec = {"uvas._core._allocation.Core", sizeof(Core), 0, 
 
 /* ---- Block -------------------------------------------------------------------------------------------------------------------------------- */
 
+/* A block without memory yet. */
 static Block *block_make(PyTypeObject *type, Core *core) {
-    Block *self = (Block *)PyType_GenericAlloc(type, 0);
-    if (self) {
-        self->core = (Core *)Py_NewRef((PyObject *)core);
+    Block *self = PyObject_Malloc(sizeof *self);
+    if (!self) {
+        return (Block *)PyErr_NoMemory();
     }
+    (void)PyObject_Init((PyObject *)self, type);
+    self->core = (Core *)Py_NewRef((PyObject *)core);
+    self->base = self->size = 0;
+    self->references = NULL;
+    atomic_init(&self->state, 0);
     return self;
 }
 
@@ -318,7 +325,9 @@ static void block_dealloc(Block *self) {
         }
         Py_DECREF((PyObject *)core);
     }
-    end_object(self);
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    PyObject_Free(self);
+    Py_DECREF((PyObject *)type);
 }
 
 /* 1: the caller is to give it back. 0: it has been freed, or is to be. -1: it is held. */
@@ -422,7 +431,9 @@ static PyGetSetDef block_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(block_doc, "A block of an arena.");
+PyDoc_STRVAR(block_doc, "A block of an arena: ``[base, base + size)``. Made by `Arena.alloc`.\n\n"
+                        "It is freed by `free`, at the end of a ``with`` block, or when neither it nor any array over it lives. As a context\n"
+                        "manager it is freed at the end; under a live array it then refuses new ones and is freed when the last one goes.");
 
 static PyType_Slot block_slots[] = {
     {Py_tp_doc, (void *)block_doc},         {Py_tp_new, (void *)block_new},         {Py_tp_dealloc, (void *)block_dealloc},
@@ -430,7 +441,7 @@ static PyType_Slot block_slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec block_spec = {"uvas._core._allocation.Block", sizeof(Block), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, block_slots};
+static PyType_Spec block_spec = {"uvas.arena.Allocation", sizeof(Block), 0, Py_TPFLAGS_DEFAULT, block_slots};
 
 /* ---- Allocator ---------------------------------------------------------------------------------------------------------------------------- */
 
@@ -444,8 +455,8 @@ static int allocator_init(Allocator *self, PyObject *arguments, PyObject *names)
         return -1;
     }
     if (self->core || !derives_from(Py_TYPE(core), (destructor)core_dealloc) ||
-        !derives_from((PyTypeObject *)block_type, (destructor)block_dealloc)) {
-        PyErr_SetString(PyExc_TypeError, "an Allocator takes a Core and a type of Block, once");
+        (destructor)PyType_GetSlot((PyTypeObject *)block_type, Py_tp_dealloc) != (destructor)block_dealloc) {
+        PyErr_SetString(PyExc_TypeError, "an Allocator takes a Core and the type of blocks, once");
         return -1;
     }
     self->block_type = (PyTypeObject *)Py_NewRef(block_type);
@@ -557,17 +568,30 @@ static PyObject *allocator_alloc(Allocator *self, PyObject *const *arguments, Py
     return (PyObject *)block;
 }
 
-/* A list of new blocks, still without memory. */
-static PyObject *blocks_make(Allocator *self, Py_ssize_t count) {
+/* A list of blocks for memory that has been allocated, or NULL: then the memory is given back. */
+static PyObject *blocks_make(Allocator *self, const uintptr_t *bases, const size_t *sizes, Py_ssize_t count) {
     PyObject *blocks = PyList_New(count);
-    for (Py_ssize_t i = 0; blocks && i < count; i++) {
+    Py_ssize_t made = 0;
+    for (; blocks && made < count; made++) {
         Block *block = block_make(self->block_type, self->core);
-        if (!block || PyList_SetItem(blocks, i, (PyObject *)block) < 0) {
-            Py_DECREF(blocks);
-            return NULL;
+        if (!block) {
+            break;
         }
+        block->base = bases[made];
+        block->size = sizes[made];
+        (void)PyList_SetItem(blocks, made, (PyObject *)block); /* a new list that nobody else has: cannot fail */
     }
-    return blocks;
+    if (made == count) {
+        return blocks;
+    }
+    Py_XDECREF(blocks);
+    uvas_id id = self->core->id;
+    Py_BEGIN_ALLOW_THREADS
+    for (; made < count; made++) {
+        (void)uvas_free(id, bases[made]);
+    }
+    Py_END_ALLOW_THREADS
+    return NULL;
 }
 
 PyDoc_STRVAR(alloc_many_doc, "alloc_many($self, sizes, /)\n--\n\n"
@@ -586,6 +610,10 @@ static PyObject *allocator_alloc_many(Allocator *self, PyObject *asked) {
     }
     Py_ssize_t count = PyList_Size(list);
     PyObject *blocks = NULL;
+    if ((size_t)count > PY_SSIZE_T_MAX / (2 * sizeof(size_t))) { /* no list is that long */
+        Py_DECREF(list);
+        return PyErr_NoMemory();
+    }
     size_t *sizes = PyMem_Malloc((size_t)(count ? count : 1) * (sizeof *sizes + sizeof(uintptr_t)));
     if (!sizes) {
         Py_DECREF(list);
@@ -599,26 +627,21 @@ static PyObject *allocator_alloc_many(Allocator *self, PyObject *asked) {
             goto end;
         }
     }
-    blocks = blocks_make(self, count);
-    if (blocks && count) {
-        int rc;
-        uvas_id id = self->core->id;
+    int rc = 0;
+    uvas_id id = self->core->id;
+    if (count) {
         Py_BEGIN_ALLOW_THREADS
         rc = uvas_alloc_many(id, sizes, (size_t)count, bases);
         Py_END_ALLOW_THREADS
-        if (rc < 0) {
-            size_t total = 0;
-            for (Py_ssize_t i = 0; i < count; i++) {
-                total += sizes[i];
-            }
-            fail(self, rc, total);
-            Py_CLEAR(blocks);
-        }
     }
-    for (Py_ssize_t i = 0; blocks && i < count; i++) {
-        Block *block = (Block *)PyList_GetItem(blocks, i);
-        block->base = bases[i];
-        block->size = sizes[i];
+    if (rc == 0) {
+        blocks = blocks_make(self, bases, sizes, count);
+    } else {
+        size_t total = 0;
+        for (Py_ssize_t i = 0; i < count; i++) {
+            total += sizes[i];
+        }
+        fail(self, rc, total);
     }
 end:
     PyMem_Free(sizes);

@@ -363,21 +363,25 @@ typedef struct {
     PyObject *function;
     PyObject *source; /* returns the capsule, at the first call */
     _Atomic(PyObject *) capsule;
+    _Atomic(PyObject *) run; /* the `run` of a context in which NumPy uses the capsule */
     PyObject *dict;
+    int plain; /* takes a shape and a type */
 } Under;
 
 static PyObject *under_new(PyTypeObject *type, PyObject *arguments, PyObject *names) {
     PyObject *function, *source;
+    int plain;
     if (names && PyDict_Size(names)) {
         return PyErr_Format(PyExc_TypeError, "Under() takes no keyword arguments");
     }
-    if (!PyArg_ParseTuple(arguments, "OO", &function, &source)) {
+    if (!PyArg_ParseTuple(arguments, "OOp", &function, &source, &plain)) {
         return NULL;
     }
     Under *self = (Under *)PyType_GenericAlloc(type, 0);
     if (self) {
         self->function = Py_NewRef(function);
         self->source = Py_NewRef(source);
+        self->plain = plain;
     }
     return (PyObject *)self;
 }
@@ -391,8 +395,9 @@ static int under_traverse(Under *self, visitproc visit, void *arg) {
 }
 
 static int under_clear(Under *self) {
-    PyObject *capsule = atomic_exchange(&self->capsule, NULL);
+    PyObject *capsule = atomic_exchange(&self->capsule, NULL), *run = atomic_exchange(&self->run, NULL);
     Py_XDECREF(capsule);
+    Py_XDECREF(run);
     Py_CLEAR(self->function);
     Py_CLEAR(self->source);
     Py_CLEAR(self->dict);
@@ -408,19 +413,74 @@ static void under_dealloc(Under *self) {
     Py_DECREF((PyObject *)type);
 }
 
+/* Keeps an object, or what another thread put there meanwhile. Takes the reference; returns a borrowed one. */
+static PyObject *keep(_Atomic(PyObject *) *place, PyObject *object) {
+    PyObject *none = NULL;
+    if (!object || atomic_compare_exchange_strong(place, &none, object)) {
+        return object;
+    }
+    Py_DECREF(object);
+    return none;
+}
+
+/* The bound `run` of a new context in which NumPy uses the capsule. */
+static PyObject *make_run(PyObject *capsule) {
+    PyObject *module = PyImport_ImportModule("contextvars"), *context = NULL, *run = NULL, *before = NULL, *here = NULL;
+    context = module ? PyObject_CallMethod(module, "Context", NULL) : NULL;
+    run = context ? PyObject_GetAttrString(context, "run") : NULL;
+    here = run ? PyImport_ImportModule("uvas._core._handler") : NULL;
+    PyObject *function = here ? PyObject_GetAttrString(here, "set") : NULL;
+    before = function ? PyObject_CallFunctionObjArgs(run, function, capsule, NULL) : NULL;
+    if (!before) {
+        Py_CLEAR(run);
+    }
+    Py_XDECREF(before);
+    Py_XDECREF(function);
+    Py_XDECREF(here);
+    Py_XDECREF(context);
+    Py_XDECREF(module);
+    return run;
+}
+
+/* A call that runs nobody's code but NumPy's, and that does not ask for anything else that a context may hold, may run in a context of ours: entering
+ * it costs a tenth of changing the variable twice. That is a shape of plain integers, and a type given as a string or a class. */
+static int is_plain(PyObject *arguments, PyObject *names) {
+    Py_ssize_t count = PyTuple_Size(arguments);
+    if (names || count < 1 || count > 2) {
+        return 0;
+    }
+    PyObject *shape = PyTuple_GetItem(arguments, 0);
+    if (PyTuple_CheckExact(shape)) {
+        for (Py_ssize_t i = PyTuple_Size(shape); i-- > 0;) {
+            if (!PyLong_CheckExact(PyTuple_GetItem(shape, i))) {
+                return 0;
+            }
+        }
+    } else if (!PyLong_CheckExact(shape)) {
+        return 0;
+    }
+    return count == 1 || PyUnicode_CheckExact(PyTuple_GetItem(arguments, 1));
+}
+
 static PyObject *under_call(Under *self, PyObject *arguments, PyObject *names) {
     PyObject *capsule = atomic_load_explicit(&self->capsule, memory_order_acquire);
-    if (!capsule) {
-        PyObject *none = NULL;
-        capsule = PyObject_CallNoArgs(self->source);
-        if (!capsule) {
+    if (!capsule && !(capsule = keep(&self->capsule, PyObject_CallNoArgs(self->source)))) {
+        return NULL;
+    }
+#ifndef Py_GIL_DISABLED
+    if (self->plain && is_plain(arguments, names)) {
+        PyObject *run = atomic_load_explicit(&self->run, memory_order_acquire);
+        if (!run && !(run = keep(&self->run, make_run(capsule)))) {
             return NULL;
         }
-        if (!atomic_compare_exchange_strong(&self->capsule, &none, capsule)) {
-            Py_DECREF(capsule); /* another thread was first; it asked the same source */
-            capsule = none;
+        PyObject *second = PyTuple_Size(arguments) == 2 ? PyTuple_GetItem(arguments, 1) : NULL;
+        PyObject *result = PyObject_CallFunctionObjArgs(run, self->function, PyTuple_GetItem(arguments, 0), second, NULL);
+        if (result || !PyErr_ExceptionMatches(PyExc_RuntimeError)) {
+            return result;
         }
+        PyErr_Clear(); /* another thread is in that context, waiting for memory; or NumPy says so once more */
     }
+#endif
     return call_under(capsule, self->function, arguments, names);
 }
 
@@ -443,7 +503,8 @@ static PyMemberDef under_members[] = {
     {NULL, 0, 0, 0, NULL},
 };
 
-PyDoc_STRVAR(under_doc, "Under(function, source, /)\n--\n\nA function that is called while NumPy uses the capsule that source() returns, once.");
+PyDoc_STRVAR(under_doc, "Under(function, source, plain, /)\n--\n\n"
+                        "A function that is called while NumPy uses the capsule that source() returns, once. plain: it takes a shape and a type.");
 
 static PyGetSetDef under_getset[] = {
     {"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict, NULL, NULL},
