@@ -255,7 +255,7 @@ static void detach_heaps(struct uvas_arena *arena) {
         atomic_store_explicit(&heap->arena_id, 0, memory_order_relaxed);
         bool idle = heap->idle;
         heap->idle = false;
-        atomic_store_explicit(&heap->shut, 0, memory_order_release);
+        atomic_store_explicit(&heap->shut, uvas_door_unshut(), memory_order_release);
         if (idle) {
             uvas_metadata_give(UVAS_METADATA_HEAP, heap);
         }
@@ -313,7 +313,7 @@ int uvas_arena_trim(uvas_id id, uint64_t *bytes) {
         return -ESTALE;
     }
     uvas_pages_collect(arena);
-    uint64_t given = uvas_pages_trim(arena, UINT64_MAX, SIZE_MAX);
+    uint64_t given = uvas_pages_trim(arena, UINT64_MAX, SIZE_MAX) + uvas_pages_empty(arena);
     if (bytes) {
         *bytes = given;
     }

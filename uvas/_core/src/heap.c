@@ -15,16 +15,11 @@
 #include "failure.h"
 #include "vm.h"
 
-#define INDEX_MASK 0xffffffu /* of an id: slots.h */
 #define ROOM_STEP 16u
 
-bool uvas_door_asymmetric;
+static bool asymmetric; /* membarrier works; written once */
 
-/* The calling thread's heaps, by the index in their arena's id. In the executable's own TLS block (a few bytes), as it is on the way of every call. */
-static _Thread_local struct {
-    struct uvas_heap **list;
-    uint32_t count;
-} mine __attribute__((tls_model("initial-exec")));
+_Thread_local struct uvas_thread uvas_thread;
 
 static pthread_key_t at_thread_end;
 
@@ -33,9 +28,9 @@ static pthread_key_t at_thread_end;
 void uvas_doors_shut(struct uvas_arena *arena) {
     (void)pthread_mutex_lock(&arena->door);
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
-        atomic_store_explicit(&heap->shut, 1, memory_order_seq_cst);
+        atomic_store_explicit(&heap->shut, UVAS_DOOR_SHUT, memory_order_seq_cst);
     }
-    if (uvas_door_asymmetric && arena->heaps) {
+    if (asymmetric && arena->heaps) {
         uvas_vm_barrier(); /* the one call made with the door's lock held: it asks nobody and takes microseconds */
     }
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
@@ -45,9 +40,13 @@ void uvas_doors_shut(struct uvas_arena *arena) {
     }
 }
 
+uint32_t uvas_door_unshut(void) {
+    return asymmetric ? UVAS_DOOR_OPEN : UVAS_DOOR_AJAR;
+}
+
 void uvas_doors_open(struct uvas_arena *arena) {
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
-        atomic_store_explicit(&heap->shut, 0, memory_order_release);
+        atomic_store_explicit(&heap->shut, uvas_door_unshut(), memory_order_release);
     }
     (void)pthread_mutex_unlock(&arena->door);
 }
@@ -60,25 +59,19 @@ void uvas_heap_wait_at_door(struct uvas_heap *heap) {
 
 /* ---- a heap's beginning and end ------------------------------------------------------------------------------------------------------------------ */
 
-struct uvas_heap *uvas_heap_known(uvas_id arena) {
-    uint32_t index = (uint32_t)arena & INDEX_MASK;
-    struct uvas_heap *heap = index < mine.count ? mine.list[index] : NULL;
-    return heap && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == arena ? heap : NULL;
-}
-
 static bool widen(uint32_t index) {
-    if (index < mine.count) {
+    if (index < uvas_thread.count) {
         return true;
     }
     uint32_t count = index + ROOM_STEP;
-    struct uvas_heap **list = realloc(mine.list, count * sizeof *list);
+    struct uvas_heap **list = realloc(uvas_thread.list, count * sizeof *list);
     if (!list) {
         return false;
     }
-    memset(list + mine.count, 0, (count - mine.count) * sizeof *list);
-    mine.list = list;
-    mine.count = count;
-    (void)pthread_setspecific(at_thread_end, &mine);
+    memset(list + uvas_thread.count, 0, (count - uvas_thread.count) * sizeof *list);
+    uvas_thread.list = list;
+    uvas_thread.count = count;
+    (void)pthread_setspecific(at_thread_end, &uvas_thread);
     return true;
 }
 
@@ -92,6 +85,9 @@ static struct uvas_heap *settle(struct uvas_arena *arena, struct uvas_heap *fres
         heap = fresh;
         memset((char *)heap + offsetof(struct uvas_heap, large_blocks), 0, sizeof *heap - offsetof(struct uvas_heap, large_blocks));
         heap->arena = arena;
+        heap->near_bytes = 0;
+        atomic_store_explicit(&heap->shut, uvas_door_unshut(), memory_order_relaxed);
+        heap->bare = (arena->flags & UVAS_ARENA_BARE) != 0;
         heap->hardened = arena->flags & (UVAS_ARENA_GUARD | UVAS_ARENA_POISON);
         heap->previous = NULL;
         heap->next = arena->heaps;
@@ -106,38 +102,40 @@ static struct uvas_heap *settle(struct uvas_arena *arena, struct uvas_heap *fres
 }
 
 /* A thread's old heap is of another arena now gone, or of none: it is used again. */
-struct uvas_heap *uvas_heap_of(uvas_id id, bool may_wait) {
-    struct uvas_heap *heap = uvas_heap_known(id);
-    if (heap) {
+struct uvas_heap *uvas_heap_of(uvas_id id, bool may_wait, int *rc) {
+    uint32_t index = (uint32_t)id & UVAS_ARENA_INDEX;
+    struct uvas_heap *heap = index < uvas_thread.count ? uvas_thread.list[index] : NULL;
+    if (heap && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id) {
+        uvas_thread.last = heap;
         return heap;
     }
-    uint32_t index = (uint32_t)id & INDEX_MASK;
     struct uvas_arena *arena = uvas_arena_get(id);
     if (!arena) {
+        *rc = -ESTALE;
         return NULL;
     }
-    struct uvas_heap *fresh = widen(index) ? mine.list[index] : NULL;
+    struct uvas_heap *fresh = widen(index) ? uvas_thread.list[index] : NULL;
     bool own = fresh != NULL; /* detached by a close */
     fresh = own ? fresh : uvas_metadata_take(UVAS_METADATA_HEAP, may_wait);
     if (!fresh || (may_wait ? pthread_mutex_lock(&arena->door) : pthread_mutex_trylock(&arena->door)) != 0) {
         if (fresh && !own) {
             uvas_metadata_give(UVAS_METADATA_HEAP, fresh);
         }
-        (void)uvas_fail_memory(0, sizeof *fresh, "the host");
+        *rc = may_wait ? uvas_fail_memory(0, sizeof *fresh, "the host") : -EAGAIN;
         return NULL;
     }
     bool alive = arena->id == id;
     heap = alive ? settle(arena, fresh) : NULL;
     (void)pthread_mutex_unlock(&arena->door);
     if (heap != fresh) {
-        mine.list[index] = NULL;
+        uvas_thread.last = uvas_thread.list[index] = NULL;
         uvas_metadata_give(UVAS_METADATA_HEAP, fresh);
     }
     if (!heap) {
-        (void)uvas_fail_released("arena", id);
+        *rc = uvas_fail_released("arena", id);
         return NULL;
     }
-    mine.list[index] = heap;
+    uvas_thread.list[index] = uvas_thread.last = heap;
     return heap;
 }
 
@@ -209,24 +207,22 @@ static void leave(struct uvas_heap *heap) {
 
 static void end_thread(void *ignored) {
     (void)ignored;
-    for (uint32_t i = 0; i < mine.count; i++) {
-        if (mine.list[i]) {
-            leave(mine.list[i]);
+    for (uint32_t i = 0; i < uvas_thread.count; i++) {
+        if (uvas_thread.list[i]) {
+            leave(uvas_thread.list[i]);
         }
     }
-    free(mine.list);
-    mine.list = NULL;
-    mine.count = 0;
+    free(uvas_thread.list);
+    uvas_thread = (struct uvas_thread){0};
 }
 
 void uvas_heaps_forget(void) {
-    mine.list = NULL; /* the parent's; a page or so is lost to the child */
-    mine.count = 0;
-    uvas_door_asymmetric = uvas_vm_barrier_learn() == 0;
+    uvas_thread = (struct uvas_thread){0}; /* the parent's; a page or so is lost to the child */
+    asymmetric = uvas_vm_barrier_learn() == 0;
 }
 
 int uvas_heaps_ready(void) {
     uvas_page_shift = (uint32_t)__builtin_ctzll(uvas_vm_platform.page_size);
-    uvas_door_asymmetric = uvas_vm_barrier_learn() == 0;
+    asymmetric = uvas_vm_barrier_learn() == 0;
     return -pthread_key_create(&at_thread_end, end_thread);
 }

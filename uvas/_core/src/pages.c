@@ -5,7 +5,7 @@
  * memory stays until it has been idle for long or somebody trims. A hole whose memory is being given back is BUSY too, so nobody takes it meanwhile.
  *
  * If there is no room, in this order, each once: the arena grows; what the threads keep is called in; idle memory is given back (if it is the kernel
- * that has none); the caller's `exhausted` is asked.
+ * that has none).
  */
 #define _GNU_SOURCE
 #include <assert.h>
@@ -21,7 +21,6 @@
 
 #define AHEAD_SHARE 8u                   /* of what is committed already is committed in advance, so that calls get rarer as an arena grows */
 #define AHEAD_MAX ((size_t)32 << 20)
-#define CLOCK UINT64_C(1)                 /* not a time but the wish to look at one */
 #define GROWTH_DOUBLES_EVERY 8u          /* regions */
 
 uint32_t uvas_page_shift;
@@ -63,8 +62,8 @@ static void make_hole(struct uvas_arena *arena, struct uvas_run *run, struct uva
     uvas_holes_add(&arena->holes, run);
 }
 
-/* A run that is nobody's joins the holes beside it. `run` describes the result. idle_since: 0: it is not idle; CLOCK: since now. */
-static void join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_region *region, uintptr_t base, size_t bytes, uint64_t idle_since) {
+/* A run that is nobody's joins the holes beside it. `run` describes the result, which is idle from now on. */
+static void join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_region *region, uintptr_t base, size_t bytes) {
     struct uvas_run *before = hole_at(region, base - 1), *after = hole_at(region, base + bytes);
     if (before) {
         uvas_holes_remove(&arena->holes, before);
@@ -78,8 +77,8 @@ static void join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_reg
         forget_run(after);
     }
     make_hole(arena, run, region, base, bytes);
-    if (idle_since && bytes >= UVAS_SPAN && !(arena->flags & UVAS_ARENA_BARE)) {
-        uvas_holes_note_idle(&arena->holes, run, idle_since == CLOCK ? uvas_pages_now() : idle_since);
+    if (bytes >= UVAS_SPAN && !(arena->flags & UVAS_ARENA_BARE)) {
+        uvas_holes_note_idle(&arena->holes, run, uvas_pages_now());
     }
 }
 
@@ -118,18 +117,22 @@ static void cut(struct uvas_arena *arena, struct uvas_run *hole, uintptr_t base,
     arena->peak_bytes = arena->used_bytes > arena->peak_bytes ? arena->used_bytes : arena->peak_bytes;
 }
 
+bool uvas_pages_idle(const struct uvas_arena *arena) {
+    const struct uvas_run *idle = arena->holes.idle_first;
+    uint64_t now = idle ? uvas_pages_now() : 0;
+    return idle && now > idle->idle_since && now - idle->idle_since > arena->idle_ns;
+}
+
 bool uvas_pages_give(struct uvas_arena *arena, struct uvas_run *run, struct uvas_run *hole) {
     struct uvas_region *region = run->region;
     uintptr_t base = uvas_run_base(run);
     size_t bytes = uvas_run_bytes(run);
-    uint64_t now = bytes >= UVAS_SPAN || arena->holes.idle_first ? uvas_pages_now() : CLOCK; /* which is looked at if a span comes of it */
     arena->used_bytes -= bytes;
     if (hole) {
         set_state(run, UVAS_RUN_NONE);
     }
-    join(arena, hole ? hole : run, region, base, bytes, now);
-    const struct uvas_run *idle = arena->holes.idle_first;
-    return idle && now > idle->idle_since && now - idle->idle_since > arena->idle_ns;
+    join(arena, hole ? hole : run, region, base, bytes);
+    return uvas_pages_idle(arena);
 }
 
 /* ---- memory ----------------------------------------------------------------------------------------------------------------------------------------- */
@@ -257,13 +260,13 @@ static int say_full(const struct uvas_request *request, bool limit) {
     size_t used = arena->used_bytes, hole = largest ? uvas_run_bytes(largest) : 0;
     (void)pthread_mutex_unlock(&arena->lock);
     struct uvas_failure *failure = limit ? uvas_fail(UVAS_FAILURE_MEMORY, -ENOMEM) : uvas_fail(UVAS_FAILURE_EXHAUSTED, -ENOSPC);
-    failure->size = request->bytes;
+    failure->size = request->asked;
     failure->value = limit ? arena->limit : arena->reserved_bytes;
     failure->other_size = hole;
     (void)snprintf(failure->what, sizeof failure->what, "arena %.50s", arena->name);
     (void)snprintf(failure->remedy, sizeof failure->remedy, "%s",
                    limit ? "free blocks, or give the arena a larger limit" : "free blocks, or make the arena over a space, where it can grow");
-    return uvas_fail_say(failure, "arena %s has no room for %zu bytes: %zu are in use of %s %zu, the largest hole has %zu", arena->name, request->bytes,
+    return uvas_fail_say(failure, "arena %s has no room for %zu bytes: %zu are in use of %s %zu, the largest hole has %zu", arena->name, request->asked,
                          used, limit ? "a limit of" : "its", (size_t)failure->value, hole);
 }
 
@@ -382,7 +385,7 @@ static void put_back(const struct uvas_request *request, struct uvas_run **run) 
 int uvas_pages_take(const struct uvas_request *request, struct uvas_run **run, bool *touched) {
     struct uvas_arena *arena = request->arena;
     bool wait = request->effort != UVAS_EFFORT_NO_WAIT, full = request->effort == UVAS_EFFORT_FULL;
-    bool collected = !full, trimmed = !full, asked = !full || !arena->exhausted;
+    bool collected = !full, trimmed = !full;
     int rc = 0;
     enum lack lack = LACK_ROOM;
     while (true) {
@@ -413,13 +416,6 @@ int uvas_pages_take(const struct uvas_request *request, struct uvas_run **run, b
             trimmed = true;
             (void)uvas_pages_trim(arena, UINT64_MAX, SIZE_MAX);
             continue;
-        }
-        if (!asked) {
-            asked = true;
-            if (arena->exhausted(arena->context, request->bytes) == 1) {
-                collected = trimmed = false;
-                continue;
-            }
         }
         if (lack == LACK_MEMORY || (grown < 0 && grown != -ENOSPC)) {
             *uvas_fail(said.kind, said.code) = said;
@@ -468,10 +464,10 @@ static int extend(struct uvas_arena *arena, struct uvas_run *run, size_t bytes, 
             if (!(arena->flags & UVAS_ARENA_BARE)) {
                 uvas_region_touch(run->region, end, more);
             }
-            arena->ended_bytes += more;
             set_state(tail, UVAS_RUN_NONE);
             uvas_run_place(run, run->region, uvas_run_base(run), bytes);
             uvas_region_mark(run->region, run, UVAS_RUN_LARGE);
+            arena->ended_bytes += more; /* allocated, if not by a thread's own count */
         } else {
             (void)uvas_pages_give(arena, tail, NULL);
             tail = NULL;
@@ -529,6 +525,12 @@ static uint64_t unback(struct uvas_arena *arena, const struct uvas_run *run) {
     return given;
 }
 
+/* A hole that was BUSY is one again, with nothing left in it that could be given back. */
+static void settle(struct uvas_arena *arena, struct uvas_run *run) {
+    join(arena, run, run->region, uvas_run_base(run), uvas_run_bytes(run));
+    uvas_holes_drop_idle(&arena->holes, run);
+}
+
 uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most) {
     uint64_t given = 0;
     (void)pthread_mutex_lock(&arena->lock);
@@ -537,9 +539,54 @@ uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most) 
         uvas_holes_remove(&arena->holes, run);
         set_state(run, UVAS_RUN_BUSY);
         given += unback(arena, run);
-        join(arena, run, run->region, uvas_run_base(run), uvas_run_bytes(run), 0);
+        settle(arena, run);
     }
     (void)pthread_mutex_unlock(&arena->lock);
+    return given;
+}
+
+/* The pages of a BUSY run that was a hole are emptied, where its spans stay. Under the lock, which it drops. */
+static uint64_t empty(struct uvas_arena *arena, const struct uvas_run *run) {
+    struct uvas_region *region = run->region;
+    uintptr_t at = uvas_run_base(run), end = at + uvas_run_bytes(run), until;
+    uint64_t given = 0;
+    for (; at < end; at = until) {
+        if (!uvas_region_touched(region, at, end, &until)) {
+            continue;
+        }
+        (void)pthread_mutex_unlock(&arena->lock);
+        int rc = uvas_empty_leased(region->reservation, at - region->reservation_base, until - at);
+        (void)pthread_mutex_lock(&arena->lock);
+        if (rc == 0) {
+            uvas_region_untouch(region, at, until - at);
+            given += until - at;
+        }
+    }
+    return given;
+}
+
+uint64_t uvas_pages_empty(struct uvas_arena *arena) {
+    uint64_t given = 0;
+    uint32_t count = atomic_load_explicit(&arena->region_count, memory_order_acquire);
+    for (uint32_t i = 0; i < count && !(arena->flags & UVAS_ARENA_BARE); i++) {
+        const struct uvas_region *region = atomic_load_explicit(&arena->regions[i], memory_order_acquire);
+        uintptr_t at = atomic_load_explicit(&region->base, memory_order_relaxed), until;
+        uintptr_t end = at + atomic_load_explicit(&region->bytes, memory_order_relaxed);
+        (void)pthread_mutex_lock(&arena->lock);
+        while (at < end) {
+            struct uvas_run *run = uvas_region_find(region, at);
+            at = uvas_run_base(run) + uvas_run_bytes(run);
+            bool touched = uvas_run_state(run) == UVAS_RUN_HOLE && (uvas_region_touched(region, uvas_run_base(run), at, &until) || until < at);
+            if (touched) {
+                uvas_holes_remove(&arena->holes, run);
+                set_state(run, UVAS_RUN_BUSY);
+                given += empty(arena, run);
+                settle(arena, run);
+                at = uvas_run_base(run) + uvas_run_bytes(run); /* what was freed beside it meanwhile is in it now, and no boundary any more */
+            }
+        }
+        (void)pthread_mutex_unlock(&arena->lock);
+    }
     return given;
 }
 

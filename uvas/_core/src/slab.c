@@ -4,7 +4,7 @@
  * Whoever else frees a block sets its bit in a second bitmap, and if nobody has yet (`pending`), pushes the slab onto its owner's stack. The owner
  * takes the whole stack, resets `pending` of each slab first, and then collects: a bit set after that pushes the slab again, so none is overlooked.
  * At every moment between a block's being freed and its being handed out again at least one of its two bits is set, which is how a second free of
- * it is noticed. A slab may end, and its piece of metadata become another slab, while it is still in some stack: whoever takes it off finds that it
+ * it is noticed; one that slips in while the owner collects the first is found when its bit is collected or the block handed out. A slab may end, and its piece of metadata become another slab, while it is still in some stack: whoever takes it off finds that it
  * is not his, and passes it on.
  */
 #include <assert.h>
@@ -12,28 +12,20 @@
 
 #include "arena.h"
 
-#define FIRST_DOUBLING 7u /* log2 of 128 */
-#define STEPS 8u          /* a doubling: at most 12.5 % of a block are wasted */
 #define RECIPROCAL_BITS 40 /* offset * (2^40 / size, rounded up) >> 40 is exact: the error is below 2^16 * 2^21 / 2^40 < 1 */
 
-uint32_t uvas_class_of(size_t size) {
-    if (size <= (size_t)1 << FIRST_DOUBLING) {
-        return (uint32_t)(size + 15) / 16 - 1;
-    }
-    uint32_t doubling = 63 - (uint32_t)__builtin_clzll(size - 1);
-    return STEPS * (doubling - FIRST_DOUBLING) + (uint32_t)((size - 1) >> (doubling - 3));
-}
-
 size_t uvas_class_bytes(uint32_t class) {
-    if (class < STEPS) {
+    if (class < UVAS_CLASS_STEPS) {
         return 16 * ((size_t)class + 1);
     }
-    return (size_t)(STEPS + class % STEPS + 1) << (class / STEPS + FIRST_DOUBLING - 4);
+    return (size_t)(UVAS_CLASS_STEPS + class % UVAS_CLASS_STEPS + 1) << (class / UVAS_CLASS_STEPS + UVAS_CLASS_DOUBLING - 4);
 }
 
+/* Enough blocks that the arena is rarely asked, few enough that a class of which a thread needs one block costs little: 64 KiB, and at least 8. */
 static size_t slab_bytes(size_t block_bytes) {
-    size_t bytes = block_bytes <= 1024 ? (size_t)64 << 10 : block_bytes <= 8192 ? (size_t)256 << 10 : (size_t)1 << 20;
-    return bytes > uvas_page() ? bytes : uvas_page();
+    size_t least = block_bytes <= 2048 ? 32 : block_bytes <= 16384 ? 16 : 8, bytes = least * block_bytes;
+    bytes = bytes > (size_t)64 << 10 ? bytes : (size_t)64 << 10;
+    return (bytes + uvas_page() - 1) & ~(uvas_page() - 1);
 }
 
 static enum uvas_metadata_kind kind_for(size_t count) {
@@ -109,7 +101,7 @@ int uvas_slab_make(struct uvas_arena *arena, uvas_id id, uint32_t class, enum uv
         slab->words = 1u << (kind - UVAS_METADATA_SLAB);
     }
     slab->run.spare = uvas_metadata_take(UVAS_METADATA_RUN, wait);
-    struct uvas_request request = {.arena = arena, .id = id, .bytes = bytes, .align = uvas_page(), .effort = effort, .slab = true};
+    struct uvas_request request = {.arena = arena, .id = id, .asked = bytes, .bytes = bytes, .align = uvas_page(), .effort = effort, .slab = true};
     struct uvas_run *run = &slab->run;
     int rc = slab->run.spare ? uvas_pages_take(&request, &run, &touched) : -EAGAIN;
     if (rc < 0) {
