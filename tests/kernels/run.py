@@ -5,10 +5,10 @@
     python tests/kernels/run.py --json FILE       also write what was seen
     python tests/kernels/run.py gvisor alpha      some of them
 
-On each: what ``uvas_platform`` says and whether it is so (`test_platform`), the registry against its model, the lock-free
-readers, and the race of our threads against hostile ones (`stress_space`), whose oracle is everybody's bytes. Under
-gVisor Python runs as well: ``uvas demo`` reserves matching ranges with two worker processes while squatters map there
-too, and verifies everybody's bytes and every answer. The exit code is 0 if all that ran was good.
+On each: what ``uvas_platform`` says and whether it is so (`test_platform`), the registry against its model, the
+lock-free readers, and the race of our threads against hostile ones (`stress_space`), whose oracle is everybody's
+bytes. Under gVisor Python runs as well: ``uvas demo`` reserves matching ranges with two worker processes while
+squatters map there too, and verifies everybody's bytes and every answer. The exit code is 0 if all that ran was good.
 
 qemu-user translates system calls to this machine's kernel: it is a kernel of its own in what it knows of mmap, and a
 machine of its own in page size and byte order. gVisor is a kernel.
@@ -126,7 +126,10 @@ def install(kernels: list[Kernel]) -> None:
     subprocess.run([*get, "update"], env=environment, check=False, capture_output=True)
     for package in packages:  # one that does not exist here must not keep the others out
         subprocess.run(
-            [*get, "install", "-y", "--no-install-recommends", package], env=environment, check=False, capture_output=True
+            [*get, "install", "-y", "--no-install-recommends", package],
+            env=environment,
+            check=False,
+            capture_output=True,
         )
 
 
@@ -160,7 +163,7 @@ def look(kernel: Kernel) -> Seen:
 
 
 def kept_its_word(report: dict[str, int]) -> bool:
-    """Tell whether the demo lost nothing. Its exit code also wants MAP_FIXED to do harm, which takes luck on a slow kernel."""
+    """Tell whether the demo lost nothing. Its exit code also wants MAP_FIXED to do harm: luck, on a slow kernel."""
     return (
         report.get("reserved", 0) > 0
         and report["squatter_bytes_lost"] == 0
