@@ -711,7 +711,7 @@ int uvas_pages_drop_region(struct uvas_arena *arena, struct uvas_region *region)
     int rc = 0;
     atomic_store_explicit(&region->arena_id, 0, memory_order_release);
     if (!(arena->flags & UVAS_ARENA_BARE) && !region->ours) {
-        rc = uvas_decommit_leased(region->reservation, base - region->reservation_base, bytes);
+        (void)uvas_decommit_leased(region->reservation, base - region->reservation_base, bytes); /* or it goes with the caller's reservation */
     }
     uvas_unlease_region(region->reservation, region->lease);
     if (region->ours) {
