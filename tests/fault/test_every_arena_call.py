@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,8 +20,8 @@ from machine import ARENA, MIB, PAGE, descriptors, failing, mappings
 
 from uvas._core import ffi, lib
 
-WINDOW = ARENA + (10 << 32)
 WINDOW_SIZE = 1 << 30
+WINDOWS = itertools.count(ARENA + (10 << 32), WINDOW_SIZE)  # one for each scene: what one leaves is no other's fault
 MOST_CALLS = 200
 FIXED_SIZE = 24 * MIB
 ANSWERS = {errno.ENOMEM, errno.EDQUOT, errno.ENOSPC, errno.EINVAL, errno.ENOTSUP}
@@ -123,7 +124,8 @@ def a_scene(kind: str) -> Iterator[Scene]:
     before = descriptors()
     fixed, flags = KINDS[kind]
     space = ffi.new("uvas_id *")
-    options = ffi.new("struct uvas_space_options *", {"window_base": WINDOW, "window_size": WINDOW_SIZE})
+    window = next(WINDOWS)
+    options = ffi.new("struct uvas_space_options *", {"window_base": window, "window_size": WINDOW_SIZE})
     assert lib.uvas_space_open(options, space) == 0
     held = ffi.new("struct uvas_reservation *")
     if fixed:
@@ -134,7 +136,7 @@ def a_scene(kind: str) -> Iterator[Scene]:
     populate(scene)
     yield scene
     end(scene)
-    assert mappings(WINDOW, WINDOW + WINDOW_SIZE) == []
+    assert mappings(window, window + WINDOW_SIZE) == []
     assert descriptors() == before
 
 
