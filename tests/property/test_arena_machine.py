@@ -23,7 +23,7 @@ from uvas._core import ffi, lib
 
 BASE = ARENA + (9 << 32)
 SMALL_MAX = 65536
-MOST = 2000 if os.environ.get("UVAS_FULL") == "1" else 150
+MOST = 1000 if os.environ.get("UVAS_FULL") == "1" else 150
 T = TypeVar("T")
 
 sizes = st.one_of(
