@@ -53,8 +53,6 @@ class Scene:
         code = lib.uvas_alloc_many(self.arena, ffi.new("size_t[]", sizes), len(sizes), got)
         if code == 0:
             self.made += list(got)
-        else:
-            assert list(got) == [1] * len(sizes)
         return int(code)
 
     def realloc(self, index: int, size: int) -> int:
@@ -246,7 +244,7 @@ def test_every_system_call_of_every_verb(name: str, kind: str, lasting: bool, er
             code, made = try_a_verb(name, scene, k, lasting=lasting, error=error)
             in_order(scene)
             if code:
-                assert numbers(scene)[:3] == before[:3], f"call {k}"
+                assert numbers(scene) == before, f"call {k}"
                 assert name not in ("free", "shrink"), "which need nothing"
             still_works(scene)
         if made < k:

@@ -687,11 +687,18 @@ int uvas_realloc(uvas_id id, uintptr_t address, size_t size, uintptr_t *out) {
     }
     bool small = uvas_run_state(run) == UVAS_RUN_SLAB, guarded = atomic_load_explicit(&run->guard, memory_order_relaxed) != 0;
     bool stays = small ? size <= bytes && size > bytes / 2 : whole_pages(size) == bytes;
-    if (!stays && !small && !guarded && size > UVAS_SMALL_MAX) {
+    bool grows = !stays && !small && !guarded && size > UVAS_SMALL_MAX;
+    if (grows) {
         stays = uvas_pages_resize(arena, run, whole_pages(size)) == 0;
     }
     if (!stays) {
-        return move(arena, id, address, bytes, size, out);
+        int rc = move(arena, id, address, bytes, size, out);
+        if (rc == 0 || !grows || (rc != -ENOMEM && rc != -ENOSPC)) {
+            return rc;
+        }
+        if (uvas_pages_resize(arena, run, whole_pages(size)) < 0) { /* what threads kept was called in: it may have been behind the block, or in the limit */
+            return rc;
+        }
     }
     *out = address;
     return 0;
