@@ -147,6 +147,30 @@ def check_the_matrix(device: Device, points: int) -> None:
     assert error < 1e-9
 
 
+def compare(charges: np.ndarray, right: np.ndarray, solution: np.ndarray) -> tuple[float, float]:
+    """Return the residual and the largest error."""
+    image = np.zeros_like(solution)
+    apply(solution, image)
+    residual = np.linalg.norm(right - image) / np.linalg.norm(right)
+    basis = sines(len(charges))
+    known = basis @ (basis @ charges @ basis / eigenvalues(len(charges))) @ basis
+    assert all(map(uvas.is_unified, (right, solution, image, known)))
+    return float(residual), relative(solution[1:-1, 1:-1] - known, known)
+
+
+def show_where(device: Device, solution: np.ndarray) -> None:
+    """See that it lies at the same address here and there, and that nothing else would do."""
+    here, block = address(solution), uvas.allocation_of(solution)
+    assert device.run(address, solution) == here
+    assert block is not None
+    print(f"the solution lies at {here:#x}, here and there: {uvas.find(here)!r}")
+    print(f"in the block {block.range} of {block.arena!r}")
+    try:
+        device.run(dot, solution, np.frombuffer(bytes(solution.nbytes)).reshape(solution.shape))
+    except TypeError as refusal:
+        print(f"an array from elsewhere is refused: {refusal}")
+
+
 def run(device: Device, arena: uvas.Arena, points: int) -> None:
     """Solve for some point charges, and compare."""
     charges = np.zeros((points, points))
@@ -162,32 +186,17 @@ def run(device: Device, arena: uvas.Arena, points: int) -> None:
         solution, iterations = solve(device, right)
     elapsed, sent = time.perf_counter() - began, written() - before
 
-    image = np.zeros_like(solution)
-    apply(solution, image)
-    residual = np.linalg.norm(right - image) / np.linalg.norm(right)
-    basis = sines(points)
-    known = basis @ (basis @ charges @ basis / eigenvalues(points)) @ basis
-    error = relative(solution[1:-1, 1:-1] - known, known)
+    residual, error = compare(charges, right, solution)
     print(f"{points} x {points} points: {iterations} iterations, {elapsed:.2f} s, residual {residual:.1e}, "
           f"largest error {error:.1e}")  # fmt: skip
     assert residual < 10 * TOLERANCE
     assert error < 1e-6
-
     print(f"{device.calls} calls gave the device {device.bytes_seen >> 20} MiB of arrays to work on; 0 bytes of them "
           f"travelled: a call's message has {sent // device.calls} bytes, all told")  # fmt: skip
-    assert sent < 1024 * device.calls
-    assert device.run(address, solution) == address(solution)
-    print(f"the solution lies at {address(solution):#x}, here and there: {uvas.find(address(solution))!r}")
-    block = uvas.allocation_of(solution)
-    assert block is not None
-    print(f"in the block {block.range} of {block.arena!r}")
-    assert all(map(uvas.is_unified, (right, solution, image, known)))
+    assert 0 < sent < 1024 * device.calls
     print(f"solving took {used.allocations} allocations of {used.allocated_bytes >> 20} MiB in all, at most "
           f"{used.peak_bytes >> 10} KiB at once; {used.live_blocks} live, of {used.live_bytes >> 10} KiB")  # fmt: skip
-    try:
-        device.run(dot, solution, np.frombuffer(bytes(solution.nbytes)).reshape(solution.shape))
-    except TypeError as refusal:
-        print(f"an array from elsewhere is refused: {refusal}")
+    show_where(device, solution)
 
 
 def main() -> None:
