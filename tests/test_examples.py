@@ -138,4 +138,3 @@ def test_the_demo_verifies_what_it_claims() -> None:
     assert outcome["squatter_bytes_lost"] == 0
     assert outcome["audit_findings"] == 0
     assert outcome["clobber_lost"] > 0 or outcome["clobber_deaths"]
-    assert outcome["seconds"] < 60

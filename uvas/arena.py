@@ -183,6 +183,7 @@ class Region(Reservation):
 
     def __del__(self) -> None:
         live.pop(self._cell.id, None)
+        self._cell.id = 0  # its trace has nothing to end
 
 
 class _Later:

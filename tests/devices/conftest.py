@@ -29,7 +29,7 @@ def nothing_left() -> Iterator[None]:
     before = machine.descriptors(), children()
     assert uvas.AddressSpace.__name__  # the library is loaded before anything is counted
     yield
-    deadline = time.monotonic() + 5  # what was let go of without a word is buried by threads
+    deadline = time.monotonic() + 30  # what was let go of without a word is buried by threads
     while gc.collect() >= 0 and (machine.descriptors(), children()) != before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert (machine.descriptors(), children()) == before

@@ -116,13 +116,24 @@ int uvas_allocation_size(uvas_id id, uintptr_t address, size_t *out) {
 
 /* ---- small blocks: inside ------------------------------------------------------------------------------------------------------------------------- */
 
+/* A block that is handed out was freed twice, the second time while the owner collected the first: that bit must not free it again. */
+SLOW static void drop_late(struct uvas_heap *heap, struct uvas_slab *slab, uint32_t word, uint64_t bit) {
+    (void)atomic_fetch_and(&uvas_slab_remote(slab)[word], ~bit);
+    heap->late_frees++;
+}
+
 /* The lowest free block of a slab that has one. */
-QUICK uintptr_t take(struct uvas_bin *bin, struct uvas_slab *slab) {
+QUICK uintptr_t take(struct uvas_heap *heap, struct uvas_bin *bin, struct uvas_slab *slab) {
     uint32_t word = (uint32_t)__builtin_ctzll(slab->summary);
     uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed), rest = bits & (bits - 1);
     uint32_t index = 64 * word + (uint32_t)__builtin_ctzll(bits);
     atomic_store_explicit(&uvas_slab_free(slab)[word], rest, memory_order_relaxed);
-    slab->summary ^= (uint64_t)(rest == 0) << word;
+    if (!LIKELY(!(atomic_load_explicit(&uvas_slab_remote(slab)[word], memory_order_relaxed) & bits & -bits))) {
+        drop_late(heap, slab, word, bits & -bits);
+    }
+    if (!LIKELY(rest != 0)) {
+        slab->summary &= slab->summary - 1;
+    }
     slab->used++;
     bin->allocated++;
     slab->high = index >= slab->high ? index + 1 : slab->high;
@@ -151,7 +162,7 @@ static struct uvas_slab *refill(struct uvas_heap *heap, uint32_t class) {
 
 /* Goes inside; 0, -EAGAIN, or -ESTALE said. */
 static int go_in(struct uvas_heap *heap, uvas_id id, bool wait) {
-    while (!uvas_heap_enter(heap)) {
+    while (!uvas_heap_enter(heap) && !uvas_heap_enter_fenced(heap)) {
         if (!wait) {
             return -EAGAIN;
         }
@@ -294,7 +305,7 @@ static int alloc_large(struct uvas_heap *heap, const struct ask *ask, uintptr_t 
         if (rc < 0) {
             return rc;
         }
-        while (!uvas_heap_enter(heap)) { /* the arena cannot close: it has a busy run */
+        while (!uvas_heap_enter(heap) && !uvas_heap_enter_fenced(heap)) { /* the arena cannot close: it has a busy run */
             uvas_heap_wait_at_door(heap);
         }
     } else if (ask->zero) {
@@ -315,7 +326,7 @@ static int add_slab(struct uvas_heap *heap, const struct ask *ask, uint32_t clas
     struct uvas_slab *slab;
     int rc = uvas_slab_make(heap->arena, ask->id, class, ask->wait ? UVAS_EFFORT_MODEST : UVAS_EFFORT_NO_WAIT, &slab);
     if (rc == 0) {
-        while (!uvas_heap_enter(heap)) { /* the arena cannot close: it has a busy run */
+        while (!uvas_heap_enter(heap) && !uvas_heap_enter_fenced(heap)) { /* the arena cannot close: it has a busy run */
             uvas_heap_wait_at_door(heap);
         }
         uvas_slab_adopt(heap, slab);
@@ -335,7 +346,7 @@ static int alloc_small(struct uvas_heap *heap, const struct ask *ask, uint32_t c
         if (slab) {
             uint32_t high = slab->high;
             size_t bytes = uvas_class_bytes(class);
-            *out = take(&heap->bins[class], slab);
+            *out = take(heap, &heap->bins[class], slab);
             bool fresh = slab->clean && slab->high > high; /* never handed out before, so zero */
             bool idle = ask->wait && comes_by(heap);
             uvas_heap_leave(heap);
@@ -409,13 +420,21 @@ SLOW static int alloc_any(uvas_id id, size_t size, size_t align, unsigned how, u
 }
 
 QUICK int alloc(uvas_id id, size_t size, size_t align, unsigned how, uintptr_t *out) {
-    struct uvas_heap *heap = uvas_heap_listed(id);
+    struct uvas_heap *heap = uvas_thread.last;
     if (LIKELY(heap && size - 1 < UVAS_SMALL_MAX && (align == 0 || align == ALIGN_LEAST) && uvas_heap_enter(heap))) {
         struct uvas_bin *bin = &heap->bins[uvas_class_of(size)];
         struct uvas_slab *slab = bin->free;
-        if (LIKELY(slab && slab->summary && !(how & ZERO) && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id)) {
-            *out = take(bin, slab);
+        if (LIKELY(slab && slab->summary && !(how & ZERO & heap->bare) && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id)) {
+            bool clean = slab->clean;
+            uint32_t high = slab->high;
+            uintptr_t base = take(heap, bin, slab);
+            clean = clean && slab->high > high; /* never handed out before, so zero */
+            size_t bytes = atomic_load_explicit(&slab->block_bytes, memory_order_relaxed);
             uvas_heap_leave(heap);
+            if ((how & ZERO) && !clean) {
+                memset((void *)base, 0, bytes);
+            }
+            *out = base;
             return 0;
         }
         uvas_heap_leave(heap);
@@ -461,11 +480,7 @@ SLOW static int free_remote(struct uvas_slab *slab, size_t index) {
     if (atomic_load_explicit(free, memory_order_acquire) & bit || atomic_fetch_or(remote, bit) & bit) {
         return -EINVAL;
     }
-    if (atomic_load_explicit(free, memory_order_acquire) & bit) { /* the owner collected an earlier free of it between the two looks */
-        (void)atomic_fetch_and(remote, ~bit);
-        return -EINVAL;
-    }
-    uvas_slab_notify(slab);
+    uvas_slab_notify(slab); /* a bit that came too late, on a block that is free, is found by who collects it or hands out the block */
     return 0;
 }
 
@@ -532,6 +547,10 @@ QUICK int free_inside(struct uvas_heap *heap, uintptr_t address, struct uvas_run
     struct uvas_run *run = atomic_load_explicit(&heap->near_map[page], memory_order_acquire);
     if (LIKELY(run && uvas_run_state(run) == UVAS_RUN_SLAB && address - uvas_run_base(run) < uvas_run_bytes(run))) {
         return free_small(heap, (struct uvas_slab *)run, address - uvas_run_base(run));
+    }
+    if (run && uvas_run_state(run) == UVAS_RUN_LARGE && address == uvas_run_base(run)) {
+        *found = run;
+        return free_large(heap, run);
     }
     return free_other(heap, address, found);
 }
@@ -605,7 +624,7 @@ SLOW static int free_ends(struct uvas_arena *arena, int rc, uvas_id id, uintptr_
 }
 
 QUICK int free_block(uvas_id id, uintptr_t address, bool wait) {
-    struct uvas_heap *heap = uvas_heap_listed(id);
+    struct uvas_heap *heap = uvas_thread.last;
     if (!LIKELY(heap && !heap->hardened && uvas_heap_enter(heap))) {
         return free_any(id, address, wait);
     }
@@ -668,11 +687,18 @@ int uvas_realloc(uvas_id id, uintptr_t address, size_t size, uintptr_t *out) {
     }
     bool small = uvas_run_state(run) == UVAS_RUN_SLAB, guarded = atomic_load_explicit(&run->guard, memory_order_relaxed) != 0;
     bool stays = small ? size <= bytes && size > bytes / 2 : whole_pages(size) == bytes;
-    if (!stays && !small && !guarded && size > UVAS_SMALL_MAX) {
+    bool grows = !stays && !small && !guarded && size > UVAS_SMALL_MAX;
+    if (grows) {
         stays = uvas_pages_resize(arena, run, whole_pages(size)) == 0;
     }
     if (!stays) {
-        return move(arena, id, address, bytes, size, out);
+        int rc = move(arena, id, address, bytes, size, out);
+        if (rc == 0 || !grows || (rc != -ENOMEM && rc != -ENOSPC)) {
+            return rc;
+        }
+        if (uvas_pages_resize(arena, run, whole_pages(size)) < 0) { /* what threads kept was called in: it may have been behind the block, or in the limit */
+            return rc;
+        }
     }
     *out = address;
     return 0;

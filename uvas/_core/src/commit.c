@@ -249,8 +249,7 @@ static struct uvas_file *backing_file(struct uvas_record *record) {
     if (rc < 0) {
         uvas_vm_close(fd);
         bool descriptors = rc == -EMFILE || rc == -ENFILE;
-        (void)(descriptors ? uvas_fail_limit(record->base, record->size, rc == -EMFILE ? "RLIMIT_NOFILE" : "fs.file-max", 0,
-                                             "close descriptors or raise the limit (ulimit -n)")
+        (void)(descriptors ? uvas_limits_descriptors(record->base, record->size, rc)
                            : uvas_fail_system(record->base, record->size, "memfd_create", rc));
         return NULL;
     }
@@ -598,6 +597,30 @@ int uvas_decommit_leased(uvas_id reservation, size_t offset, size_t size) {
     return decommit(reservation, offset, size, true);
 }
 
+/* ---- empty: an arena's memory that nobody uses -------------------------------------------------------------------------------------------------------------- */
+
+int uvas_empty_leased(uvas_id reservation, size_t offset, size_t size) {
+    struct uvas_change change;
+    struct plan plan;
+    int rc;
+    struct uvas_record *record = uvas_change_begin(reservation, offset, size, true, &change, &rc);
+    if (!record) {
+        return rc;
+    }
+    rc = make_plan(record, &change, &plan);
+    for (size_t i = 0; rc == 0 && i < plan.count; i++) {
+        const struct uvas_piece_entry *part = &plan.parts[i];
+        if (uvas_piece_committed(part) && part->kind == UVAS_BACKING_MEMFD) {
+            rc = uvas_vm_punch(part->file->fd, part->offset, length(part));
+        } else if (uvas_piece_committed(part) && part->kind == UVAS_BACKING_ANONYMOUS) {
+            rc = uvas_vm_drop(where(&plan, part), length(part));
+        } else {
+            rc = -ENOTSUP;
+        }
+    }
+    return end_failed(&plan, &change, false, rc); /* which only ends it: contents that nobody uses are no change */
+}
+
 /* ---- protect ----------------------------------------------------------------------------------------------------------------------------------------------- */
 
 int uvas_protect(uvas_id reservation, size_t offset, size_t size, uint32_t protection) {
@@ -709,7 +732,7 @@ static struct uvas_file *adopt_descriptor(int fd, int *rc) {
     *rc = own < 0 ? own : uvas_vm_identify(own, &id);
     if (*rc < 0) {
         uvas_vm_close(own);
-        *rc = *rc == -EMFILE ? uvas_fail_limit(0, 0, "RLIMIT_NOFILE", 0, "close descriptors or raise the limit (ulimit -n)")
+        *rc = *rc == -EMFILE ? uvas_limits_descriptors(0, 0, *rc)
                              : uvas_fail_system(0, 0, "dup", *rc);
         return NULL;
     }

@@ -62,8 +62,8 @@ static void make_hole(struct uvas_arena *arena, struct uvas_run *run, struct uva
     uvas_holes_add(&arena->holes, run);
 }
 
-/* A run that is nobody's joins the holes beside it. `run` describes the result. */
-static void join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_region *region, uintptr_t base, size_t bytes, uint64_t idle_since) {
+/* A run that is nobody's joins the holes beside it. `run` describes the result, which is idle from now on. */
+static void join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_region *region, uintptr_t base, size_t bytes) {
     struct uvas_run *before = hole_at(region, base - 1), *after = hole_at(region, base + bytes);
     if (before) {
         uvas_holes_remove(&arena->holes, before);
@@ -77,8 +77,8 @@ static void join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_reg
         forget_run(after);
     }
     make_hole(arena, run, region, base, bytes);
-    if (idle_since && bytes >= UVAS_SPAN && !(arena->flags & UVAS_ARENA_BARE)) {
-        uvas_holes_note_idle(&arena->holes, run, idle_since);
+    if (bytes >= UVAS_SPAN && !(arena->flags & UVAS_ARENA_BARE)) {
+        uvas_holes_note_idle(&arena->holes, run, uvas_pages_now());
     }
 }
 
@@ -117,8 +117,9 @@ static void cut(struct uvas_arena *arena, struct uvas_run *hole, uintptr_t base,
     arena->peak_bytes = arena->used_bytes > arena->peak_bytes ? arena->used_bytes : arena->peak_bytes;
 }
 
-static bool idle_for_long(const struct uvas_arena *arena, uint64_t now) {
+bool uvas_pages_idle(const struct uvas_arena *arena) {
     const struct uvas_run *idle = arena->holes.idle_first;
+    uint64_t now = idle ? uvas_pages_now() : 0;
     return idle && now > idle->idle_since && now - idle->idle_since > arena->idle_ns;
 }
 
@@ -126,17 +127,12 @@ bool uvas_pages_give(struct uvas_arena *arena, struct uvas_run *run, struct uvas
     struct uvas_region *region = run->region;
     uintptr_t base = uvas_run_base(run);
     size_t bytes = uvas_run_bytes(run);
-    uint64_t now = bytes >= UVAS_SPAN || arena->holes.idle_first ? uvas_pages_now() : 1;
     arena->used_bytes -= bytes;
     if (hole) {
         set_state(run, UVAS_RUN_NONE);
     }
-    join(arena, hole ? hole : run, region, base, bytes, now);
-    return idle_for_long(arena, now);
-}
-
-bool uvas_pages_idle(const struct uvas_arena *arena) {
-    return arena->holes.idle_first && idle_for_long(arena, uvas_pages_now());
+    join(arena, hole ? hole : run, region, base, bytes);
+    return uvas_pages_idle(arena);
 }
 
 /* ---- memory ----------------------------------------------------------------------------------------------------------------------------------------- */
@@ -529,17 +525,90 @@ static uint64_t unback(struct uvas_arena *arena, const struct uvas_run *run) {
     return given;
 }
 
+/* A hole that was BUSY is one again, with nothing left in it that could be given back. */
+static void settle(struct uvas_arena *arena, struct uvas_run *run) {
+    join(arena, run, run->region, uvas_run_base(run), uvas_run_bytes(run));
+    uvas_holes_drop_idle(&arena->holes, run);
+}
+
+/* Whoever gives memory back may come when the last block has gone and somebody closes the arena. Takes the lock; false: it is closed. */
+static bool begin_giving(struct uvas_arena *arena) {
+    (void)pthread_mutex_lock(&arena->lock);
+    if (!arena->id) {
+        (void)pthread_mutex_unlock(&arena->lock);
+        return false;
+    }
+    arena->giving++;
+    return true;
+}
+
+static void end_giving(struct uvas_arena *arena) {
+    if (--arena->giving == 0) {
+        (void)pthread_cond_broadcast(&arena->moved);
+    }
+    (void)pthread_mutex_unlock(&arena->lock);
+}
+
 uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most) {
     uint64_t given = 0;
-    (void)pthread_mutex_lock(&arena->lock);
+    if (!begin_giving(arena)) {
+        return 0;
+    }
     struct uvas_run *run;
     while (most-- > 0 && (run = arena->holes.idle_first) && run->idle_since <= until) {
         uvas_holes_remove(&arena->holes, run);
         set_state(run, UVAS_RUN_BUSY);
         given += unback(arena, run);
-        join(arena, run, run->region, uvas_run_base(run), uvas_run_bytes(run), 0);
+        settle(arena, run);
     }
-    (void)pthread_mutex_unlock(&arena->lock);
+    end_giving(arena);
+    return given;
+}
+
+/* The pages of a BUSY run that was a hole are emptied, where its spans stay. Under the lock, which it drops. */
+static uint64_t empty(struct uvas_arena *arena, const struct uvas_run *run) {
+    struct uvas_region *region = run->region;
+    uintptr_t at = uvas_run_base(run), end = at + uvas_run_bytes(run), until;
+    uint64_t given = 0;
+    for (; at < end; at = until) {
+        if (!uvas_region_touched(region, at, end, &until)) {
+            continue;
+        }
+        (void)pthread_mutex_unlock(&arena->lock);
+        int rc = uvas_empty_leased(region->reservation, at - region->reservation_base, until - at);
+        (void)pthread_mutex_lock(&arena->lock);
+        if (rc == 0) {
+            uvas_region_untouch(region, at, until - at);
+            given += until - at;
+        }
+    }
+    return given;
+}
+
+uint64_t uvas_pages_empty(struct uvas_arena *arena) {
+    uint64_t given = 0;
+    if ((arena->flags & UVAS_ARENA_BARE) || !begin_giving(arena)) {
+        return 0;
+    }
+    uint32_t count = atomic_load_explicit(&arena->region_count, memory_order_relaxed);
+    for (uint32_t i = 0; i < count; i++) {
+        const struct uvas_region *region = atomic_load_explicit(&arena->regions[i], memory_order_acquire);
+        uintptr_t at = atomic_load_explicit(&region->base, memory_order_relaxed), until;
+        uintptr_t end = at + atomic_load_explicit(&region->bytes, memory_order_relaxed);
+        while (at < end) {
+            struct uvas_run *run = uvas_region_find(region, at);
+            at = uvas_run_base(run) + uvas_run_bytes(run);
+            bool touched = uvas_run_state(run) == UVAS_RUN_HOLE && (uvas_region_touched(region, uvas_run_base(run), at, &until) || until < at);
+            if (touched) {
+                uvas_holes_remove(&arena->holes, run);
+                set_state(run, UVAS_RUN_BUSY);
+                given += empty(arena, run);
+                settle(arena, run);
+                at = uvas_run_base(run) + uvas_run_bytes(run); /* what was freed beside it meanwhile is in it now, and no boundary any more */
+            }
+        }
+    }
+    end_giving(arena);
     return given;
 }
 

@@ -4,7 +4,7 @@
  * Whoever else frees a block sets its bit in a second bitmap, and if nobody has yet (`pending`), pushes the slab onto its owner's stack. The owner
  * takes the whole stack, resets `pending` of each slab first, and then collects: a bit set after that pushes the slab again, so none is overlooked.
  * At every moment between a block's being freed and its being handed out again at least one of its two bits is set, which is how a second free of
- * it is noticed. A slab may end, and its piece of metadata become another slab, while it is still in some stack: whoever takes it off finds that it
+ * it is noticed; one that slips in while the owner collects the first is found when its bit is collected or the block handed out. A slab may end, and its piece of metadata become another slab, while it is still in some stack: whoever takes it off finds that it
  * is not his, and passes it on.
  */
 #include <assert.h>
@@ -21,9 +21,12 @@ size_t uvas_class_bytes(uint32_t class) {
     return (size_t)(UVAS_CLASS_STEPS + class % UVAS_CLASS_STEPS + 1) << (class / UVAS_CLASS_STEPS + UVAS_CLASS_DOUBLING - 4);
 }
 
+/* Enough blocks that the arena is rarely asked, few enough that a class of which a thread needs one block costs little: 64 KiB, and at least 8. Up to
+ * 4 KiB a block has 16 bytes of bookkeeping at most, 8 a page of which are the map's: that takes 40. */
 static size_t slab_bytes(size_t block_bytes) {
-    size_t bytes = block_bytes <= 1024 ? (size_t)64 << 10 : block_bytes <= 8192 ? (size_t)256 << 10 : (size_t)1 << 20;
-    return bytes > uvas_page() ? bytes : uvas_page();
+    size_t least = block_bytes <= 4096 ? 40 : block_bytes <= 16384 ? 16 : 8, bytes = least * block_bytes;
+    bytes = bytes > (size_t)64 << 10 ? bytes : (size_t)64 << 10;
+    return (bytes + uvas_page() - 1) & ~(uvas_page() - 1);
 }
 
 static enum uvas_metadata_kind kind_for(size_t count) {

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "failure.h"
+#include "limits.h"
 #include "registry.h"
 #include "space.h"
 
@@ -20,7 +21,7 @@ static int tag_space(struct uvas_space *space) {
     (void)snprintf(name, sizeof name, "uvas:%s", space->name);
     int fd = uvas_vm_tag(name);
     if (fd == -EMFILE || fd == -ENFILE) {
-        return uvas_fail_limit(0, 0, fd == -EMFILE ? "RLIMIT_NOFILE" : "fs.file-max", 0, "close descriptors or raise the limit (ulimit -n)");
+        return uvas_limits_descriptors(0, 0, fd);
     }
     if (fd < 0) {
         return uvas_fail_system(0, 0, "memfd_create", fd);
