@@ -64,6 +64,13 @@ def test_pointers_mean_the_same_to_all() -> None:
     assert "the host and right now count [1, 6] and [1, 6]" in out
 
 
+def test_many_libraries_over_one_memory() -> None:
+    out = run(sys.executable, str(EXAMPLES / "exchange.py"))
+    assert "NumPy" in out
+    assert "both are unified: True" in out
+    assert out.endswith("everybody let go of it, and the arena is closed\n")
+
+
 def test_segments_of_a_position_independent_file() -> None:
     done = example("elf_segments.py", sys.executable)
     assert done.returncode == 0, done.stderr
