@@ -116,6 +116,13 @@ def test_a_driver_s_buffers_at_addresses_of_an_arena() -> None:
     assert out.endswith("all is one hole again: True\nreleased\n")
 
 
+def test_many_libraries_over_one_memory() -> None:
+    out = run(sys.executable, str(EXAMPLES / "exchange.py"))
+    assert "NumPy" in out
+    assert "both are unified: True" in out
+    assert out.endswith("everybody let go of it, and the arena is closed\n")
+
+
 def test_segments_of_a_position_independent_file() -> None:
     done = example("elf_segments.py", sys.executable)
     assert done.returncode == 0, done.stderr
