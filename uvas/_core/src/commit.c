@@ -543,13 +543,13 @@ static bool loses_nothing(const struct plan *plan) { /* when its mappings are ta
     return true;
 }
 
-int uvas_decommit(uvas_id reservation, size_t offset, size_t size) {
+static int decommit(uvas_id reservation, size_t offset, size_t size, bool under_lease) {
     struct uvas_change change;
     struct plan plan;
     bool poisoned = false;
     size_t devices = 0;
     int rc;
-    struct uvas_record *record = uvas_change_begin(reservation, offset, size, false, &change, &rc);
+    struct uvas_record *record = uvas_change_begin(reservation, offset, size, under_lease, &change, &rc);
     if (!record) {
         return rc;
     }
@@ -588,6 +588,14 @@ int uvas_decommit(uvas_id reservation, size_t offset, size_t size) {
     drop_plan(&plan);
     uvas_files_close();
     return 0;
+}
+
+int uvas_decommit(uvas_id reservation, size_t offset, size_t size) {
+    return decommit(reservation, offset, size, false);
+}
+
+int uvas_decommit_leased(uvas_id reservation, size_t offset, size_t size) {
+    return decommit(reservation, offset, size, true);
 }
 
 /* ---- protect ----------------------------------------------------------------------------------------------------------------------------------------------- */
@@ -717,7 +725,7 @@ static void let_go(struct uvas_file *file) {
     uvas_files_close();
 }
 
-int uvas_map_fd(uvas_id reservation, const struct uvas_mapping *mapping) {
+static int map_descriptor(uvas_id reservation, const struct uvas_mapping *mapping, bool under_lease) {
     struct uvas_change change;
     struct plan plan = {0};
     bool poisoned = false;
@@ -730,7 +738,7 @@ int uvas_map_fd(uvas_id reservation, const struct uvas_mapping *mapping) {
         return rc;
     }
     size_t unit = file->id.block_size, size = mapping->size > SIZE_MAX - unit ? mapping->size : (mapping->size + unit - 1) & ~(unit - 1);
-    struct uvas_record *record = uvas_change_begin(reservation, mapping->offset, size, false, &change, &rc);
+    struct uvas_record *record = uvas_change_begin(reservation, mapping->offset, size, under_lease, &change, &rc);
     if (!record) {
         let_go(file);
         return rc;
@@ -770,6 +778,14 @@ int uvas_map_fd(uvas_id reservation, const struct uvas_mapping *mapping) {
     drop_plan(&plan);
     let_go(file);
     return 0;
+}
+
+int uvas_map_fd(uvas_id reservation, const struct uvas_mapping *mapping) {
+    return map_descriptor(reservation, mapping, false);
+}
+
+int uvas_map_fd_leased(uvas_id reservation, const struct uvas_mapping *mapping) {
+    return map_descriptor(reservation, mapping, true);
 }
 
 /* ---- what is there --------------------------------------------------------------------------------------------------------------------------------------------- */

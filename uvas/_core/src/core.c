@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "arena.h"
 #include "failure.h"
 #include "registry.h"
 #include "search.h"
@@ -64,11 +65,13 @@ static int look_at_library(struct dl_phdr_info *info, size_t size, void *found) 
 /* ---- fork --------------------------------------------------------------------------------------------------------------------------------------- */
 
 static void before_fork(void) {
+    uvas_arenas_before_fork();
     uvas_registry_lock(); /* so that the child's copy of all records is whole */
 }
 
 static void after_fork_in_parent(void) {
     uvas_registry_unlock();
+    uvas_arenas_after_fork_in_parent();
 }
 
 /* The parent's ids are dead here, its mappings stay as any memory does. Its descriptors are closed: mappings do not need them. */
@@ -95,6 +98,7 @@ static void after_fork_in_child(void) {
     uvas_files_forget();
     uvas_registry_forget();
     uvas_vm_forget();
+    uvas_arenas_after_fork_in_child();
     uvas_registry_unlock();
 }
 
@@ -113,6 +117,9 @@ static void set_up(void) {
     ready = uvas_vm_learn();
     if (ready == 0) {
         uvas_search_learn();
+        ready = uvas_heaps_ready();
+    }
+    if (ready == 0) {
         ready = -pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
     }
 }

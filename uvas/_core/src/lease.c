@@ -52,7 +52,7 @@ bool uvas_leases_overlap(const struct uvas_record *record, size_t start, size_t 
 }
 
 /* Under the lock, which it drops while a change of the range is at work. 0 or what is said. */
-static int lease_on(uvas_id id, size_t offset, size_t size, struct uvas_lease *lease) {
+static int lease_on(uvas_id id, size_t offset, size_t size, struct uvas_lease *lease, struct uvas_region *region) {
     struct uvas_record *record;
     struct uvas_change *change;
     do {
@@ -70,7 +70,13 @@ static int lease_on(uvas_id id, size_t offset, size_t size, struct uvas_lease *l
             uvas_registry_wait();
         }
     } while (change);
-    if (!uvas_pieces_cover(&record->pieces, offset, offset + size)) {
+    if (region && (record->leases || record->pieces.count)) {
+        return uvas_fail_say(uvas_fail(UVAS_FAILURE_BUSY, -EBUSY), "the reservation at 0x%lx is in use: an arena wants one for itself", record->base);
+    }
+    if (region) {
+        size = size ? record->size : 0;
+        atomic_store_explicit(&record->region, region, memory_order_release);
+    } else if (!uvas_pieces_cover(&record->pieces, offset, offset + size)) {
         return uvas_fail_invalid("[0x%lx, 0x%lx) is not committed, or not all of it: commit it first", record->base + offset,
                                  record->base + offset + size);
     }
@@ -85,7 +91,7 @@ static int lease_on(uvas_id id, size_t offset, size_t size, struct uvas_lease *l
     return 0;
 }
 
-int uvas_lease(uvas_id reservation, size_t offset, size_t size, uvas_id *out) {
+static int lease_for(uvas_id reservation, size_t offset, size_t size, struct uvas_region *region, uvas_id *out) {
     int rc = uvas_core_ready();
     if (rc < 0) {
         return rc;
@@ -98,7 +104,7 @@ int uvas_lease(uvas_id reservation, size_t offset, size_t size, uvas_id *out) {
         uvas_registry_unlock();
         return uvas_fail_memory(0, sizeof *lease, "the host");
     }
-    rc = lease_on(reservation, offset, size, lease);
+    rc = lease_on(reservation, offset, size, lease, region);
     if (rc == 0) {
         id = uvas_slots_name(&uvas_lease_slots, &lease->slot);
     } else {
@@ -109,4 +115,33 @@ int uvas_lease(uvas_id reservation, size_t offset, size_t size, uvas_id *out) {
         *out = id;
     }
     return rc;
+}
+
+int uvas_lease(uvas_id reservation, size_t offset, size_t size, uvas_id *out) {
+    return lease_for(reservation, offset, size, NULL, out);
+}
+
+/* ---- an arena's ---------------------------------------------------------------------------------------------------------------------------------- */
+
+int uvas_lease_region(uvas_id reservation, bool all, struct uvas_region *region, uvas_id *out) {
+    return lease_for(reservation, 0, all ? 1 : 0, region, out); /* an empty lease keeps the reservation, and nothing in it */
+}
+
+void uvas_unlease_region(uvas_id reservation, uvas_id lease) {
+    uvas_registry_lock();
+    struct uvas_record *record = uvas_slots_get(&uvas_record_slots, reservation);
+    if (record) {
+        atomic_store_explicit(&record->region, NULL, memory_order_release);
+    }
+    uvas_registry_unlock();
+    (void)uvas_unlease(lease);
+}
+
+struct uvas_region *uvas_region_at(uintptr_t address) {
+    struct uvas_entry entry;
+    if (!uvas_registry_find(address, &entry)) {
+        return NULL;
+    }
+    struct uvas_record *record = uvas_slots_get(&uvas_record_slots, entry.value & ~(UVAS_REGISTRY_HIDDEN | UVAS_REGISTRY_FOREIGN));
+    return record ? atomic_load_explicit(&record->region, memory_order_acquire) : NULL;
 }

@@ -9,7 +9,7 @@
 #include "registry.h"
 
 #define INDEX_BITS 24
-#define GENERATION_BITS 37
+#define GENERATION_BITS 36
 #define INDEX_MASK ((UINT64_C(1) << INDEX_BITS) - 1)
 #define GENERATION_MASK ((UINT64_C(1) << GENERATION_BITS) - 1)
 #define GENERATION_STEP (UINT64_C(1) << INDEX_BITS)

@@ -1,6 +1,6 @@
 /* slots.h: handles. A table of records of one kind, and the 64-bit ids that name them.
  *
- *   id    0 | kind (2 bits) | generation (37 bits) | index (24 bits); never 0, never used twice: a slot whose generations are spent is not
+ *   id    0 | kind (3 bits) | generation (36 bits) | index (24 bits); never 0, never used twice: a slot whose generations are spent is not
  *         given out again
  *   memory is type-stable: a chunk of records, once made, stays; so the id in a slot may be read at any time, without a lock
  */
@@ -16,7 +16,7 @@
 #define UVAS_SLOTS_CHUNK 64u
 #define UVAS_SLOTS_CHUNKS_MAX (1u << 18) /* times UVAS_SLOTS_CHUNK: 16,777,216 records, 24 bits of index */
 
-enum uvas_slot_kind { UVAS_SLOT_SPACE = 0, UVAS_SLOT_RANGE = 1, UVAS_SLOT_DEVICE = 2, UVAS_SLOT_LEASE = 3 };
+enum uvas_slot_kind { UVAS_SLOT_SPACE = 0, UVAS_SLOT_RANGE = 1, UVAS_SLOT_DEVICE = 2, UVAS_SLOT_LEASE = 3, UVAS_SLOT_ARENA = 4 };
 
 struct uvas_slot { /* the head of every record */
     _Atomic uint64_t id;  /* 0: not in use. Written under the core's lock (a lease's: see space.h); read by anyone */

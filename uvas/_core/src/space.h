@@ -46,6 +46,8 @@ struct uvas_change { /* on the stack of the thread that changes */
     struct uvas_change *next;
 };
 
+struct uvas_region; /* arena.h */
+
 struct uvas_lease {
     struct uvas_slot slot;
     struct uvas_record *record;
@@ -74,6 +76,7 @@ struct uvas_record { /* a reservation or an adoption */
     struct uvas_pieces fills; /* owned: what the driver occupies, as parts of kind 0 */
     uint32_t room_wanted; /* entries that operations at work may yet add to pieces */
     struct uvas_file *file; /* the backing memfd, once there is one */
+    _Atomic(struct uvas_region *) region; /* an arena's, or NULL. Written under the lock, read by anyone: regions are never freed */
     struct uvas_record *next, *previous; /* in space->records, or in the quarantine */
     char name[UVAS_NAME_BYTES];
 };
@@ -166,10 +169,21 @@ void uvas_record_poison_live(struct uvas_record *record);
 
 /* -- commit.c: pins a live reservation and marks a part of it -- */
 
+/* decommit and map_fd for who holds the lease himself, and sees to it that nobody uses the memory. */
+int uvas_decommit_leased(uvas_id reservation, size_t offset, size_t size);
+int uvas_map_fd_leased(uvas_id reservation, const struct uvas_mapping *mapping);
+
 struct uvas_record *uvas_change_begin(uvas_id id, size_t offset, size_t size, bool under_lease, struct uvas_change *change, int *rc);
 void uvas_change_end(struct uvas_record *record, struct uvas_change *change); /* under the lock */
 
 /* -- lease.c -- */
+
+/* An arena's: the reservation, on which nobody else has a lease and in which nothing is committed, stays until it ends. all: nobody else works in
+ * it either. uvas_find_allocation finds the region by it. */
+int uvas_lease_region(uvas_id reservation, bool all, struct uvas_region *region, uvas_id *out);
+void uvas_unlease_region(uvas_id reservation, uvas_id lease);
+/* The arena's region that holds an address, or NULL. No lock. */
+struct uvas_region *uvas_region_at(uintptr_t address);
 
 void uvas_leases_drain(void); /* under the lock: takes off those that have ended */
 void uvas_leases_forget(void); /* the child of a fork; under the lock */

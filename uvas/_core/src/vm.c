@@ -49,6 +49,13 @@ _Static_assert(UVAS_READ == PROT_READ && UVAS_WRITE == PROT_WRITE && UVAS_EXECUT
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434
 #endif
+#ifndef SYS_membarrier
+#define SYS_membarrier (-1)
+#endif
+#define BARRIER_PRIVATE 8 /* MEMBARRIER_CMD_PRIVATE_EXPEDITED, Linux 4.14 */
+#define BARRIER_REGISTER_PRIVATE 16
+#define MBIND_BIND 2 /* MPOL_BIND */
+#define MEMFD_HUGE_2MB (21U << 26)
 #define HUGETLBFS_MAGIC_NUMBER 0x958458f6
 
 struct procmap_query_abi { /* struct procmap_query, Linux 6.11 */
@@ -65,6 +72,8 @@ _Static_assert(sizeof(struct procmap_query_abi) == 104, "the kernel's layout");
 #define STRAY_TRIES 3      /* to give back a mapping that landed elsewhere */
 #define PROBE_TRIES 8      /* of one property of the kernel, where another thread may be in the way */
 #define SHARED_ALIGN_MAX ((size_t)4 << 20) /* parisc's SHMLBA, the largest known */
+#define NODES_MAX 1024       /* the most that kernels are built for */
+#define RESIDENT_BATCH 16384 /* pages asked of mincore at once */
 #define PARENT_POLL_MS 50  /* where pidfd_open is lacking */
 
 struct uvas_platform uvas_vm_platform;
@@ -503,8 +512,64 @@ void *uvas_vm_pages(size_t size_bytes) {
     if (gate()) {
         return NULL;
     }
-    long at = map_native(0, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    long at = map_native(0, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return at < 0 ? NULL : (void *)at;
+}
+
+/* ---- for arenas ------------------------------------------------------------------------------------------------------------------ */
+
+int uvas_vm_advise_huge(uintptr_t base, size_t size) {
+    GATED(syscall(SYS_madvise, base, size, MADV_HUGEPAGE));
+}
+
+int uvas_vm_bind(uintptr_t base, size_t size, uint32_t node) {
+    unsigned long nodes[NODES_MAX / (8 * sizeof(long))] = {0};
+    if (node >= NODES_MAX) {
+        return -EINVAL;
+    }
+    nodes[node / (8 * sizeof(long))] = 1UL << node % (8 * sizeof(long));
+    GATED(syscall(SYS_mbind, base, size, MBIND_BIND, nodes, NODES_MAX + 1, 0));
+}
+
+int uvas_vm_memfd_huge(const char *name, size_t size) {
+    int fd = memfd(name, MFD_CLOEXEC | MFD_HUGETLB | MEMFD_HUGE_2MB);
+    int rc = fd < 0 ? fd : truncate_to(fd, size);
+    if (rc < 0) {
+        uvas_vm_close(fd);
+        return rc;
+    }
+    return fd;
+}
+
+int uvas_vm_resident(uintptr_t base, size_t size, uint64_t *bytes) {
+    unsigned char pages[RESIDENT_BATCH];
+    for (uint64_t found = 0; ; ) {
+        size_t part = size < RESIDENT_BATCH * PAGE ? size : RESIDENT_BATCH * PAGE;
+        if (syscall(SYS_mincore, base, part, pages) < 0) {
+            return -errno;
+        }
+        for (size_t i = 0; i < part / PAGE; i++) {
+            found += pages[i] & 1 ? PAGE : 0;
+        }
+        base += part;
+        size -= part;
+        if (size == 0) {
+            *bytes = found;
+            return 0;
+        }
+    }
+}
+
+int uvas_vm_barrier_learn(void) {
+    return syscall(SYS_membarrier, BARRIER_REGISTER_PRIVATE, 0, 0) == 0 && syscall(SYS_membarrier, BARRIER_PRIVATE, 0, 0) == 0 ? 0 : -ENOSYS;
+}
+
+void uvas_vm_barrier(void) {
+    (void)syscall(SYS_membarrier, BARRIER_PRIVATE, 0, 0);
+}
+
+void uvas_vm_yield(void) {
+    (void)syscall(SYS_sched_yield);
 }
 
 /* ---- processes, and copies through the kernel --------------------------------------------------------------------------------------- */

@@ -89,6 +89,16 @@ uint64_t uvas_vm_limit(int resource); /* the soft limit; UINT64_MAX: none */
 
 void *uvas_vm_pages(size_t size_bytes); /* zeroed private memory for our own bookkeeping, never given back; or NULL */
 
+/* -- for arenas -- */
+
+int uvas_vm_advise_huge(uintptr_t base, size_t size);              /* transparent huge pages are welcome */
+int uvas_vm_bind(uintptr_t base, size_t size, uint32_t node);      /* pages of this NUMA node only */
+int uvas_vm_memfd_huge(const char *name, size_t size);             /* a sparse file of 2 MiB pages */
+int uvas_vm_resident(uintptr_t base, size_t size, uint64_t *bytes); /* what of it is in RAM */
+int uvas_vm_barrier_learn(void); /* 0: uvas_vm_barrier works in this process */
+void uvas_vm_barrier(void);      /* every other running thread of the process passes a full barrier before this returns */
+void uvas_vm_yield(void);
+
 /* -- processes -- */
 
 int uvas_vm_wait_for_end(int32_t parent); /* returns when that process, our parent, has ended */

@@ -1,0 +1,558 @@
+/* arena.c: arenas as wholes: opened, closed, trimmed, counted, checked, forked. */
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "arena.h"
+#include "failure.h"
+#include "space.h"
+#include "vm.h"
+
+#define IDLE_NS UINT64_C(1000000000)
+#define GROWTH_LEAST UVAS_SPAN
+#define FLAGS (UVAS_ARENA_BARE | UVAS_ARENA_GUARD | UVAS_ARENA_POISON | UVAS_ARENA_BIND)
+
+struct entry { /* behind an id */
+    struct uvas_slot slot;
+    struct uvas_arena *arena;
+};
+
+static _Atomic(char *) entry_chunks[UVAS_SLOTS_CHUNKS_MAX];
+static struct uvas_slots entries = {.record_bytes = sizeof(struct entry), .kind = UVAS_SLOT_ARENA, .chunks = entry_chunks};
+
+static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER; /* before every door */
+static struct uvas_arena *all;       /* under list_lock */
+static struct uvas_arena *inherited; /* a forked child's; written before it has a second thread */
+
+struct uvas_arena *uvas_arena_get(uvas_id id) {
+    struct uvas_arena *arena = NULL;
+    uvas_registry_lock();
+    const struct entry *entry = uvas_slots_get(&entries, id);
+    if (entry) {
+        arena = entry->arena;
+    }
+    uvas_registry_unlock();
+    if (!arena) {
+        (void)uvas_fail_released("arena", id);
+    }
+    return arena;
+}
+
+struct uvas_arena *uvas_arena_inherited(uvas_id id) {
+    struct uvas_arena *arena = inherited;
+    while (arena && arena->id != id) {
+        arena = arena->next;
+    }
+    return arena;
+}
+
+/* ---- open --------------------------------------------------------------------------------------------------------------------------------------- */
+
+static int say_huge(void) {
+    char text[64] = "", over[64] = "";
+    (void)uvas_vm_read_file("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", text, sizeof text);
+    (void)uvas_vm_read_file("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages", over, sizeof over);
+    bool none = (text[0] == 0 || text[0] == '0') && (over[0] == 0 || over[0] == '0');
+    return none ? uvas_fail_unsupported("huge pages", "sysctl vm.nr_hugepages=N sets N pages of 2 MiB aside; or use pages that are not",
+                                        "no huge pages of 2 MiB are set aside on this machine")
+                : 0;
+}
+
+static int say_transparent(void) {
+    char text[64] = "";
+    (void)uvas_vm_read_file("/sys/kernel/mm/transparent_hugepage/enabled", text, sizeof text);
+    return text[0] == 0 || strstr(text, "[never]")
+               ? uvas_fail_unsupported("transparent huge pages", "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+                                       "this kernel makes none: %s", text[0] ? text : "it was built without them")
+               : 0;
+}
+
+static int say_node(uint32_t node) {
+    char path[64], text[16];
+    (void)snprintf(path, sizeof path, "/sys/devices/system/node/node%u/distance", node);
+    return uvas_vm_read_file(path, text, sizeof text) <= 0
+               ? uvas_fail_unsupported("binding to a NUMA node", "ls /sys/devices/system/node says which there are", "this machine has no node %u", node)
+               : 0;
+}
+
+static int sound(const struct uvas_arena_options *options) {
+    if (options->flags & ~(uint32_t)FLAGS || options->pages > UVAS_PAGES_HUGE) {
+        return uvas_fail_invalid("flags 0x%x, pages %u: there is no such thing", options->flags, options->pages);
+    }
+    if ((options->flags & UVAS_ARENA_BARE) && (options->flags != UVAS_ARENA_BARE || options->pages)) {
+        return uvas_fail_invalid("bare addresses have no memory to guard, poison, bind or make of huge pages");
+    }
+    if (!options->space == !options->reservation) {
+        return uvas_fail_invalid("an arena is over a space or over a reservation: one of the two");
+    }
+    if ((options->flags & UVAS_ARENA_GUARD) && !uvas_vm_platform.has_guard) {
+        return uvas_fail_unsupported("guard pages", "Linux 6.13", "this kernel has no MADV_GUARD_INSTALL");
+    }
+    int rc = options->pages == UVAS_PAGES_HUGE ? say_huge() : options->pages == UVAS_PAGES_TRANSPARENT ? say_transparent() : 0;
+    return rc == 0 && (options->flags & UVAS_ARENA_BIND) ? say_node(options->node) : rc;
+}
+
+static void describe(struct uvas_arena *arena, const struct uvas_arena_options *options) {
+    if (!arena->ready) {
+        (void)pthread_mutex_init(&arena->door, NULL);
+        (void)pthread_mutex_init(&arena->lock, NULL);
+        (void)pthread_cond_init(&arena->moved, NULL);
+        arena->ready = true;
+    }
+    (void)snprintf(arena->name, sizeof arena->name, "%s", options->name ? options->name : "arena");
+    arena->space = options->space;
+    arena->flags = options->flags;
+    arena->pages = options->pages;
+    arena->node = options->node;
+    arena->growth = options->growth > GROWTH_LEAST ? options->growth : options->growth ? GROWTH_LEAST : UVAS_ARENA_GROWTH;
+    arena->limit = options->limit & ~(uvas_page() - 1);
+    arena->idle_ns = options->idle_ns ? options->idle_ns : IDLE_NS;
+    arena->exhausted = options->exhausted;
+    arena->context = options->context;
+    arena->orphans.arena = arena;
+}
+
+/* Adds the one reservation that it has. */
+static int settle_in(struct uvas_arena *arena, uvas_id reservation) {
+    uintptr_t base = 0;
+    size_t size = 0;
+    uvas_registry_lock();
+    const struct uvas_record *record = uvas_slots_get(&uvas_record_slots, reservation);
+    if (record && record->kind == UVAS_RESERVATION) {
+        base = record->base;
+        size = record->size;
+    }
+    uvas_registry_unlock();
+    return size ? uvas_pages_add_region(arena, reservation, base, size, false) : uvas_fail_released("reservation", reservation);
+}
+
+static int known_space(uvas_id space) {
+    uvas_registry_lock();
+    bool known = uvas_slots_get(&uvas_space_slots, space) != NULL;
+    uvas_registry_unlock();
+    return known ? 0 : uvas_fail_released("space", space);
+}
+
+/* Nothing of the arena is in use any more: it can be another one. */
+static void reset(struct uvas_arena *arena) {
+    arena->id = 0; /* its locks stay what they are */
+    arena->heaps = NULL;
+    memset(&arena->orphans, 0, sizeof arena->orphans);
+    memset(&arena->holes, 0, sizeof arena->holes);
+    atomic_store_explicit(&arena->region_count, 0, memory_order_relaxed);
+    for (uint32_t i = 0; i < UVAS_REGIONS_MAX; i++) {
+        atomic_store_explicit(&arena->regions[i], NULL, memory_order_relaxed);
+    }
+    arena->growing = false;
+    arena->used_bytes = arena->peak_bytes = arena->committed_bytes = arena->reserved_bytes = 0;
+    arena->ended_blocks = arena->ended_bytes = arena->ended_late = 0;
+}
+
+static void end(struct uvas_arena *arena) {
+    reset(arena);
+    uvas_metadata_give(UVAS_METADATA_ARENA, arena);
+}
+
+int uvas_arena_open(const struct uvas_arena_options *options, uvas_id *out) {
+    int rc = uvas_core_ready();
+    rc = rc == 0 ? sound(options) : rc;
+    rc = rc == 0 && options->space ? known_space(options->space) : rc;
+    if (rc < 0) {
+        return rc;
+    }
+    struct uvas_arena *arena = uvas_metadata_take(UVAS_METADATA_ARENA, true);
+    uvas_registry_lock();
+    struct entry *entry = arena ? uvas_slots_take(&entries) : NULL;
+    uvas_registry_unlock();
+    if (!entry) {
+        if (arena) {
+            uvas_metadata_give(UVAS_METADATA_ARENA, arena);
+        }
+        return uvas_fail_memory(0, sizeof *arena, "the host");
+    }
+    describe(arena, options);
+    entry->arena = arena;
+    uvas_registry_lock();
+    uvas_id id = uvas_slots_name(&entries, &entry->slot);
+    uvas_registry_unlock();
+    arena->id = id; /* nobody knows it yet */
+    rc = options->reservation ? settle_in(arena, options->reservation) : 0;
+    if (rc < 0) {
+        uvas_registry_lock();
+        uvas_slots_give(&entries, &entry->slot);
+        uvas_registry_unlock();
+        end(arena);
+        return rc;
+    }
+    (void)pthread_mutex_lock(&list_lock);
+    arena->previous = NULL;
+    arena->next = all;
+    if (all) {
+        all->previous = arena;
+    }
+    all = arena;
+    (void)pthread_mutex_unlock(&list_lock);
+    *out = id;
+    return 0;
+}
+
+/* ---- every run, in order: doors shut, under the lock -------------------------------------------------------------------------------------------------- */
+
+struct walk {
+    const struct uvas_arena *arena;
+    uint32_t region;
+    uintptr_t address;
+};
+
+static struct uvas_run *next_run(struct walk *walk) {
+    while (walk->region < atomic_load_explicit(&walk->arena->region_count, memory_order_relaxed)) {
+        const struct uvas_region *region = atomic_load_explicit(&walk->arena->regions[walk->region], memory_order_relaxed);
+        uintptr_t base = atomic_load_explicit(&region->base, memory_order_relaxed);
+        uintptr_t stop = base + atomic_load_explicit(&region->bytes, memory_order_relaxed);
+        uintptr_t at = walk->address ? walk->address : base;
+        if (at < stop) {
+            struct uvas_run *run = uvas_region_find(region, at);
+            walk->address = run ? uvas_run_base(run) + uvas_run_bytes(run) : stop;
+            return run;
+        }
+        walk->region++;
+        walk->address = 0;
+    }
+    return NULL;
+}
+
+static uint32_t live_in(struct uvas_slab *slab) {
+    uint32_t live = slab->used;
+    for (uint32_t word = 0; word < slab->words; word++) {
+        uint64_t freed = atomic_load_explicit(&uvas_slab_remote(slab)[word], memory_order_acquire);
+        live -= (uint32_t)__builtin_popcountll(freed & ~atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed));
+    }
+    return live;
+}
+
+/* Blocks that live, and runs at work. */
+static uint64_t in_use(const struct uvas_arena *arena) {
+    struct walk walk = {.arena = arena};
+    uint64_t blocks = 0;
+    for (struct uvas_run *run = next_run(&walk); run; run = next_run(&walk)) {
+        uint32_t state = uvas_run_state(run);
+        blocks += state == UVAS_RUN_SLAB ? live_in((struct uvas_slab *)run) : state == UVAS_RUN_LARGE || state == UVAS_RUN_BUSY;
+    }
+    return blocks;
+}
+
+/* ---- close ------------------------------------------------------------------------------------------------------------------------------------------------ */
+
+/* Doors shut, under the lock; opens them. The heaps are their threads' still, and belong to no arena. */
+static void detach_heaps(struct uvas_arena *arena) {
+    struct uvas_heap *heap = arena->heaps, *next;
+    arena->id = 0;
+    arena->heaps = NULL;
+    for (; heap; heap = next) {
+        next = heap->next;
+        heap->next = heap->previous = NULL;
+        atomic_store_explicit(&heap->arena_id, 0, memory_order_relaxed);
+        bool idle = heap->idle;
+        heap->idle = false;
+        atomic_store_explicit(&heap->shut, 0, memory_order_release);
+        if (idle) {
+            uvas_metadata_give(UVAS_METADATA_HEAP, heap);
+        }
+    }
+}
+
+int uvas_arena_close(uvas_id id) {
+    int rc = uvas_core_ready();
+    struct uvas_arena *arena = rc < 0 ? NULL : uvas_arena_get(id);
+    if (!arena) {
+        return rc < 0 ? rc : -ESTALE;
+    }
+    uvas_doors_shut(arena);
+    (void)pthread_mutex_lock(&arena->lock);
+    bool alive = arena->id == id;
+    uint64_t blocks = alive ? in_use(arena) : 0;
+    if (!alive || blocks || arena->growing) {
+        (void)pthread_mutex_unlock(&arena->lock);
+        uvas_doors_open(arena);
+        return !alive ? uvas_fail_released("arena", id)
+                      : uvas_fail_say(uvas_fail(UVAS_FAILURE_BUSY, -EBUSY), "arena %s cannot close: %llu blocks live in it", arena->name,
+                                      (unsigned long long)blocks);
+    }
+    for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
+        uvas_heap_empty(heap);
+    }
+    uvas_heap_empty(&arena->orphans);
+    detach_heaps(arena);
+    (void)pthread_mutex_unlock(&arena->lock);
+    (void)pthread_mutex_unlock(&arena->door);
+    uvas_registry_lock();
+    struct entry *entry = uvas_slots_get(&entries, id);
+    uvas_slots_give(&entries, &entry->slot);
+    uvas_registry_unlock();
+    (void)pthread_mutex_lock(&list_lock);
+    *(arena->previous ? &arena->previous->next : &all) = arena->next;
+    if (arena->next) {
+        arena->next->previous = arena->previous;
+    }
+    (void)pthread_mutex_unlock(&list_lock);
+    uint32_t count = atomic_load_explicit(&arena->region_count, memory_order_relaxed);
+    for (uint32_t i = 0; i < count; i++) {
+        int dropped = uvas_pages_drop_region(arena, atomic_load_explicit(&arena->regions[i], memory_order_relaxed));
+        rc = dropped < 0 ? dropped : rc;
+    }
+    end(arena);
+    return rc;
+}
+
+/* ---- trim, statistics -------------------------------------------------------------------------------------------------------------------------------------- */
+
+int uvas_arena_trim(uvas_id id, uint64_t *bytes) {
+    struct uvas_arena *arena = uvas_arena_get(id);
+    if (!arena) {
+        return -ESTALE;
+    }
+    uvas_pages_collect(arena);
+    uint64_t given = uvas_pages_trim(arena, UINT64_MAX, SIZE_MAX);
+    if (bytes) {
+        *bytes = given;
+    }
+    return 0;
+}
+
+int uvas_arena_peak(uvas_id id, uint64_t floor, uint64_t *was) {
+    struct uvas_arena *arena = uvas_arena_get(id);
+    if (!arena) {
+        return -ESTALE;
+    }
+    (void)pthread_mutex_lock(&arena->lock);
+    uint64_t peak = arena->peak_bytes;
+    arena->peak_bytes = arena->used_bytes > floor ? arena->used_bytes : floor;
+    (void)pthread_mutex_unlock(&arena->lock);
+    if (was) {
+        *was = peak;
+    }
+    return 0;
+}
+
+static void count_run(struct uvas_run *run, struct uvas_arena_stats *stats) {
+    uint32_t state = uvas_run_state(run);
+    size_t bytes = uvas_run_bytes(run);
+    stats->metadata_bytes += uvas_metadata_bytes(UVAS_METADATA_RUN);
+    if (state == UVAS_RUN_SLAB) {
+        struct uvas_slab *slab = (struct uvas_slab *)run;
+        uint32_t live = live_in(slab);
+        stats->live_blocks += live;
+        stats->live_bytes += (uint64_t)live * uvas_class_bytes(slab->class);
+        stats->cached_bytes += live ? 0 : bytes;
+        stats->metadata_bytes += sizeof *slab + 2 * slab->words * sizeof(uint64_t); /* and the spare, which was counted as the run */
+    } else if (state == UVAS_RUN_LARGE) {
+        stats->live_blocks++;
+        stats->live_bytes += bytes - atomic_load_explicit(&run->guard, memory_order_relaxed);
+    } else if (state == UVAS_RUN_KEPT) {
+        stats->cached_bytes += bytes;
+    }
+}
+
+static void count_heaps(struct uvas_arena *arena, struct uvas_arena_stats *stats) {
+    for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
+        uvas_heap_count(heap);
+        stats->metadata_bytes += sizeof *heap;
+        stats->threads += !heap->idle;
+    }
+    uvas_heap_count(&arena->orphans);
+    stats->total_blocks = arena->ended_blocks;
+    stats->total_bytes = arena->ended_bytes;
+    stats->late_frees = arena->ended_late;
+}
+
+static uint64_t resident(uintptr_t from, uintptr_t to) {
+    uint64_t bytes = 0;
+    return uvas_vm_resident(from, to - from, &bytes) == 0 ? bytes : 0; /* given back meanwhile: nothing */
+}
+
+/* What of the committed memory, and of the tables, is in RAM: asked stretch by stretch, without the lock. */
+static void count_resident(struct uvas_arena *arena, struct uvas_arena_stats *stats) {
+    uint32_t count = atomic_load_explicit(&arena->region_count, memory_order_acquire);
+    for (uint32_t i = 0; i < count; i++) {
+        const struct uvas_region *region = atomic_load_explicit(&arena->regions[i], memory_order_acquire);
+        uintptr_t at = 0, until;
+        while (uvas_pages_next_committed(arena, region, &at, &until)) {
+            stats->resident_bytes += resident(at, until);
+            at = until;
+        }
+        uvas_region_tables(region, &at, &until);
+        stats->metadata_bytes += resident(at, until);
+    }
+}
+
+int uvas_arena_stats(uvas_id id, struct uvas_arena_stats *out) {
+    struct uvas_arena *arena = uvas_arena_get(id);
+    struct uvas_arena_stats stats = {0};
+    if (!arena) {
+        return -ESTALE;
+    }
+    uvas_doors_shut(arena);
+    (void)pthread_mutex_lock(&arena->lock);
+    struct walk walk = {.arena = arena};
+    for (struct uvas_run *run = next_run(&walk); run; run = next_run(&walk)) {
+        count_run(run, &stats);
+    }
+    count_heaps(arena, &stats);
+    const struct uvas_run *largest = uvas_holes_largest(&arena->holes);
+    stats.used_bytes = arena->used_bytes;
+    stats.peak_bytes = arena->peak_bytes;
+    stats.reserved_bytes = arena->reserved_bytes;
+    stats.committed_bytes = arena->committed_bytes;
+    stats.hole_bytes = arena->holes.bytes;
+    stats.hole_count = arena->holes.count;
+    stats.largest_hole = largest ? uvas_run_bytes(largest) : 0;
+    stats.regions = atomic_load_explicit(&arena->region_count, memory_order_relaxed);
+    stats.metadata_bytes += sizeof *arena;
+    (void)pthread_mutex_unlock(&arena->lock);
+    uvas_doors_open(arena);
+    count_resident(arena, &stats);
+    *out = stats;
+    return 0;
+}
+
+/* ---- check ------------------------------------------------------------------------------------------------------------------------------------------------ */
+
+#define BROKEN(...) return uvas_fail_invalid(__VA_ARGS__)
+
+static int check_slab(const struct uvas_arena *arena, struct uvas_slab *slab) {
+    uint32_t count = atomic_load_explicit(&slab->count, memory_order_relaxed), free = 0;
+    uintptr_t base = uvas_run_base(&slab->run);
+    for (uint32_t word = 0; word < slab->words; word++) {
+        uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed);
+        if ((slab->summary >> word & 1) != (bits != 0)) {
+            BROKEN("arena %s: the slab at 0x%lx says that word %u has %s free block", arena->name, base, word, bits ? "no" : "a");
+        }
+        free += (uint32_t)__builtin_popcountll(bits);
+    }
+    if (count - free != slab->used || count * uvas_class_bytes(slab->class) > uvas_run_bytes(&slab->run)) {
+        BROKEN("arena %s: the slab at 0x%lx counts %u used of %u, and has %u free", arena->name, base, slab->used, count, free);
+    }
+    const struct uvas_heap *owner = atomic_load_explicit(&slab->owner, memory_order_relaxed);
+    const struct uvas_slab *listed = owner ? slab->listed ? owner->bins[slab->class].free : owner->bins[slab->class].full : NULL;
+    while (listed && listed != slab) {
+        listed = listed->next;
+    }
+    if (!listed || owner->arena != arena) {
+        BROKEN("arena %s: the slab at 0x%lx is not in its owner's list", arena->name, base);
+    }
+    if (!slab->run.spare) {
+        BROKEN("arena %s: the slab at 0x%lx has no spare", arena->name, base);
+    }
+    return 0;
+}
+
+static int check_run(const struct uvas_arena *arena, struct uvas_run *run, uintptr_t expected, bool after_hole) {
+    uint32_t state = uvas_run_state(run);
+    uintptr_t base = uvas_run_base(run);
+    if (base != expected || (base | uvas_run_bytes(run)) & (uvas_page() - 1) || uvas_run_bytes(run) == 0) {
+        BROKEN("arena %s: the run [0x%lx, +0x%zx) is not where the one before it ends, 0x%lx, or not of whole pages", arena->name, base,
+               uvas_run_bytes(run), expected);
+    }
+    if (state == UVAS_RUN_HOLE && after_hole) {
+        BROKEN("arena %s: two holes meet at 0x%lx", arena->name, base);
+    }
+    if (state == UVAS_RUN_NONE || uvas_region_find(run->region, base + uvas_run_bytes(run) - 1) != run) {
+        BROKEN("arena %s: the run at 0x%lx is not found by its last page", arena->name, base);
+    }
+    if (!(arena->flags & UVAS_ARENA_BARE) && (state == UVAS_RUN_LARGE || state == UVAS_RUN_SLAB || state == UVAS_RUN_KEPT)) {
+        for (uintptr_t at = base; at < base + uvas_run_bytes(run); at += UVAS_SPAN - at % UVAS_SPAN) {
+            if (run->region->spans[uvas_span_index(run->region, at)] != UVAS_SPAN_COMMITTED) {
+                BROKEN("arena %s: no memory is behind 0x%lx, which is in use", arena->name, at);
+            }
+        }
+    }
+    return state == UVAS_RUN_SLAB ? check_slab(arena, (struct uvas_slab *)run) : 0;
+}
+
+static int check_all(const struct uvas_arena *arena) {
+    struct walk walk = {.arena = arena};
+    size_t used = 0, holes = 0, hole_bytes = 0, covered = 0;
+    uintptr_t expected = 0;
+    const struct uvas_region *region = NULL;
+    bool hole = false;
+    for (struct uvas_run *run = next_run(&walk); run; run = next_run(&walk)) {
+        if (run->region != region) {
+            region = run->region;
+            expected = atomic_load_explicit(&region->base, memory_order_relaxed);
+            hole = false;
+        }
+        int rc = check_run(arena, run, expected, hole);
+        if (rc < 0) {
+            return rc;
+        }
+        hole = uvas_run_state(run) == UVAS_RUN_HOLE;
+        expected += uvas_run_bytes(run);
+        covered += uvas_run_bytes(run);
+        holes += hole;
+        hole_bytes += hole ? uvas_run_bytes(run) : 0;
+        used += hole ? 0 : uvas_run_bytes(run);
+    }
+    if (covered != arena->reserved_bytes || holes != arena->holes.count || hole_bytes != arena->holes.bytes) {
+        BROKEN("arena %s: runs cover 0x%zx of 0x%zx bytes, %zu holes of 0x%zx bytes where %zu of 0x%zx are listed", arena->name, covered,
+               arena->reserved_bytes, holes, hole_bytes, arena->holes.count, arena->holes.bytes);
+    }
+    if (used < arena->used_bytes || (arena->limit && arena->used_bytes > arena->limit)) { /* a hole that is trimmed is counted in the first */
+        BROKEN("arena %s: 0x%zx bytes are in use, 0x%zx are counted, of a limit of 0x%zx", arena->name, used, arena->used_bytes, arena->limit);
+    }
+    return 0;
+}
+
+int uvas_arena_check(uvas_id id) {
+    struct uvas_arena *arena = uvas_arena_get(id);
+    if (!arena) {
+        return -ESTALE;
+    }
+    uvas_doors_shut(arena);
+    (void)pthread_mutex_lock(&arena->lock);
+    int rc = check_all(arena);
+    (void)pthread_mutex_unlock(&arena->lock);
+    uvas_doors_open(arena);
+    return rc;
+}
+
+/* ---- fork ---------------------------------------------------------------------------------------------------------------------------------------------------- */
+
+void uvas_arenas_before_fork(void) {
+    (void)pthread_mutex_lock(&list_lock);
+    for (struct uvas_arena *arena = all; arena; arena = arena->next) {
+        uvas_doors_shut(arena);
+        (void)pthread_mutex_lock(&arena->lock);
+    }
+    uvas_metadata_lock();
+}
+
+static void go_on(void) {
+    uvas_metadata_unlock();
+    for (struct uvas_arena *arena = all; arena; arena = arena->next) {
+        (void)pthread_mutex_unlock(&arena->lock);
+        uvas_doors_open(arena);
+    }
+}
+
+void uvas_arenas_after_fork_in_parent(void) {
+    go_on();
+    (void)pthread_mutex_unlock(&list_lock);
+}
+
+/* The parent's arenas are dead here, and what they knew stays readable: how large a block is, say. */
+void uvas_arenas_after_fork_in_child(void) {
+    go_on();
+    struct uvas_arena *last = all;
+    while (last && last->next) {
+        last = last->next;
+    }
+    if (last) {
+        last->next = inherited;
+        inherited = all;
+        all = NULL;
+    }
+    uvas_slots_forget(&entries);
+    uvas_heaps_forget();
+    (void)pthread_mutex_unlock(&list_lock);
+}

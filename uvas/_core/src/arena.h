@@ -1,0 +1,357 @@
+/* arena.h: the parts of an arena, and the rules for touching them. Private to the arena's files:
+ *
+ *   metadata.c   memory for what is described below: never given back, and each piece stays what it is
+ *   holes.c      the free runs of one arena: best fit
+ *   region.c     one reservation of an arena: which run holds which page
+ *   pages.c      runs of pages taken and given back; memory behind them; growth
+ *   heap.c       what a thread keeps for itself, and the door through which it goes
+ *   slab.c       small blocks
+ *   block.c      alloc, free, realloc, find
+ *   arena.c      open, close, trim, check, statistics, fork
+ *
+ * The theory. A *region* is one reservation. Its pages are divided into *runs*: a hole, a large block, or a *slab*, which holds blocks of one size.
+ * Each thread has a *heap* in each arena that it uses: slabs that it owns, and a few runs that it freed lately. Only the owner takes blocks from a
+ * slab and only the owner puts them back; whoever else frees a block sets its bit in the slab's second bitmap, and the owner collects.
+ *
+ * Nothing of this lies in the memory that it describes.
+ *
+ * Who may touch what:
+ *   a heap and the slabs that it owns   its thread, *inside* (heap.c), or anybody who has shut the arena's doors
+ *   holes, runs, regions, counters      under arena->lock, which is never held over a system call, a callback or a touch of a block
+ *   a slab's remote bits, its pending   anyone, atomically
+ *   the map from pages to runs          written under arena->lock, read by anyone at any time
+ * Order of locks: door, then lock, then metadata's. A thread that is inside may take the lock and never the door.
+ */
+#ifndef UVAS_ARENA_H
+#define UVAS_ARENA_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "slots.h"
+#include "uvas.h"
+
+#define UVAS_SPAN ((size_t)2 << 20)           /* memory is committed and given back in such pieces, aligned */
+#define UVAS_SMALL_MAX ((size_t)64 << 10)     /* larger blocks are runs of their own */
+#define UVAS_CLASSES 80u                      /* 8 up to 128 bytes, then 8 for each doubling */
+#define UVAS_WORDS_MAX 64u                    /* of a slab's bitmap: 4,096 blocks, so that one word tells which words have free bits */
+#define UVAS_BINS 512u                        /* holes of so many pages and fewer have a list for each size */
+#define UVAS_KEPT_RUNS 8u                     /* by a heap */
+#define UVAS_KEPT_RUN_MAX ((size_t)4 << 20)   /* bytes of the largest of them */
+#define UVAS_KEPT_MAX ((size_t)16 << 20)      /* bytes of all of them */
+#define UVAS_ALIGN_MAX ((size_t)1 << 30)
+#define UVAS_REGIONS_MAX 256u
+
+/* ---- metadata.c: pieces of a kind come back as the same kind, for any arena, and start with a link that only metadata.c touches. So a reader
+ * without a lock may follow an old pointer: it finds a piece of the same kind, and asks it whether it is the one it looked for. ---- */
+
+enum uvas_metadata_kind {
+    UVAS_METADATA_RUN,
+    UVAS_METADATA_HEAP,
+    UVAS_METADATA_ARENA,
+    UVAS_METADATA_SLAB, /* with one word; from here on each has twice as many as the one before */
+    UVAS_METADATA_KINDS = UVAS_METADATA_SLAB + 7,
+};
+
+void *uvas_metadata_take(enum uvas_metadata_kind kind, bool may_wait); /* zeroed at its first use only; may_wait: may ask the kernel; or NULL */
+void uvas_metadata_give(enum uvas_metadata_kind kind, void *piece);
+size_t uvas_metadata_bytes(enum uvas_metadata_kind kind);
+void uvas_metadata_lock(void); /* over fork */
+void uvas_metadata_unlock(void);
+
+/* ---- runs ---------------------------------------------------------------------------------------------------------------------------- */
+
+enum uvas_run_state {
+    UVAS_RUN_NONE = 0, /* not in use */
+    UVAS_RUN_HOLE,
+    UVAS_RUN_BUSY, /* being set up, or its memory is being given back: one thread's */
+    UVAS_RUN_KEPT, /* in a heap */
+    UVAS_RUN_LARGE, /* a live block */
+    UVAS_RUN_SLAB,
+};
+
+struct uvas_run {
+    void *link;                /* metadata.c's */
+    _Atomic uint32_t state;    /* enum uvas_run_state. Written under the lock, but for LARGE <-> KEPT, which is a compare-and-swap */
+    _Atomic uint32_t version;  /* counts changes of base and bytes; read before and after by those who look without a lock */
+    _Atomic uintptr_t base;    /* base, bytes: written under the lock while state is BUSY or HOLE */
+    _Atomic size_t bytes;
+    struct uvas_region *region; /* likewise */
+    union {
+        struct uvas_run *next, *left; /* holes: of a list, or of the tree */
+        struct uvas_run *spare;       /* slabs: what describes the hole when it is given back, so that giving back needs no memory */
+    };
+    union {
+        struct uvas_run *previous, *right;
+    };
+    _Atomic size_t guard; /* large blocks: bytes at the end that fault */
+    struct uvas_run *idle_next, *idle_previous; /* holes in the order in which they last grew */
+    uint64_t idle_since;                        /* ns; 0: not in that list */
+};
+
+/* Relaxed: whoever needs an order has the lock, or reads `version` around it. */
+static inline uintptr_t uvas_run_base(const struct uvas_run *run) {
+    return atomic_load_explicit(&run->base, memory_order_relaxed);
+}
+
+static inline size_t uvas_run_bytes(const struct uvas_run *run) {
+    return atomic_load_explicit(&run->bytes, memory_order_relaxed);
+}
+
+static inline uint32_t uvas_run_state(const struct uvas_run *run) {
+    return atomic_load_explicit(&run->state, memory_order_acquire);
+}
+
+struct uvas_slab {
+    struct uvas_run run; /* first: the map points to either */
+    uint32_t class;      /* from here to free_words: the owner's; what free checks is atomic, since others read it */
+    uint32_t used;       /* blocks that are live, or freed by others and not yet collected */
+    uint32_t words; /* fixed for this piece of metadata */
+    uint32_t high;       /* no block from this index on was ever handed out */
+    bool listed;         /* in its bin's list of those with free blocks; otherwise in the other */
+    bool clean;          /* its pages were zero when it was made */
+    _Atomic uint32_t block_bytes; /* fixed while it is a slab; read by anyone */
+    _Atomic uint32_t count;
+    _Atomic uint64_t reciprocal; /* 2^40 / block_bytes, rounded up */
+    uint64_t summary;    /* which words have free bits */
+    struct uvas_slab *next, *previous;
+    _Atomic(struct uvas_heap *) owner; /* changed by the owner, or with the doors shut; read by anyone */
+    _Atomic uint32_t pending;          /* 1: it is in some heap's stack, or about to be. Never reset but by who takes it off */
+    struct uvas_slab *pending_next;    /* of who set pending */
+    _Atomic uint64_t bits[];           /* `words` of free blocks (1: free), written by the owner only; then as many of blocks freed by others */
+};
+
+/* ---- holes.c: under the lock -------------------------------------------------------------------------------------------------------------- */
+
+struct uvas_holes {
+    struct uvas_run *bins[UVAS_BINS + 1]; /* by pages; [0] unused */
+    uint64_t filled[UVAS_BINS / 64 + 1];  /* which of them are not empty */
+    struct uvas_run *root;                /* larger ones: a treap by (bytes, base) */
+    struct uvas_run *idle_first, *idle_last;
+    size_t count;
+    size_t bytes;
+};
+
+void uvas_holes_add(struct uvas_holes *holes, struct uvas_run *run);
+void uvas_holes_remove(struct uvas_holes *holes, struct uvas_run *run);
+/* The smallest hole that holds `bytes` at a multiple of `align`, the lowest of the large ones; NULL if none does. O(log n); with more than the page
+ * as alignment O(n) in those that are large enough but lie badly. */
+struct uvas_run *uvas_holes_best(const struct uvas_holes *holes, size_t bytes, size_t align);
+struct uvas_run *uvas_holes_largest(const struct uvas_holes *holes);
+void uvas_holes_note_idle(struct uvas_holes *holes, struct uvas_run *run, uint64_t now);
+void uvas_holes_drop_idle(struct uvas_holes *holes, struct uvas_run *run);
+
+/* ---- region.c -------------------------------------------------------------------------------------------------------------------------------- */
+
+enum uvas_span_state { UVAS_SPAN_NONE = 0, UVAS_SPAN_COMMITTING, UVAS_SPAN_COMMITTED, UVAS_SPAN_DECOMMITTING };
+
+struct uvas_region { /* never freed; its tables stay, and serve the next reservation that fits */
+    struct uvas_region *link; /* of those not in use */
+    struct uvas_arena *arena;
+    _Atomic uvas_id arena_id; /* 0: not in use. Read by anyone */
+    _Atomic uintptr_t base; /* base, bytes: fixed while it is in use */
+    _Atomic size_t bytes;
+    size_t capacity; /* pages that the tables are for */
+    uvas_id reservation;
+    uvas_id lease;
+    uintptr_t reservation_base;
+    int huge; /* the file of huge pages, or -1 */
+    bool ours; /* the arena made the reservation */
+    _Atomic(struct uvas_run *) *map;   /* for each page: see uvas_region_mark */
+    _Atomic(struct uvas_run *) *whole; /* for each block of pages */
+    uint64_t *touched;   /* for each page: handed out since it was committed, so not known to be zero. Under the lock */
+    unsigned char *spans; /* for each span: enum uvas_span_state. Under the lock */
+};
+
+struct uvas_region *uvas_region_take(size_t pages); /* with tables for so many pages, all zero; may ask the kernel; or NULL */
+void uvas_region_give(struct uvas_region *region);
+void uvas_region_tables(const struct uvas_region *region, uintptr_t *from, uintptr_t *to); /* where they lie, in whole pages */
+/* Sets where a run is. Under the lock. */
+void uvas_run_place(struct uvas_run *run, struct uvas_region *region, uintptr_t base, size_t bytes);
+/* Makes the run findable as what `state` says. Nothing is ever taken out of the map: what is found is asked whether it is there. Under the lock. */
+void uvas_region_mark(struct uvas_region *region, struct uvas_run *run, enum uvas_run_state state);
+/* The run that holds an address of the region, by any thread at any time; NULL where none was ever. What it says is true if it was while the call ran. */
+struct uvas_run *uvas_region_find(const struct uvas_region *region, uintptr_t address);
+/* Marks pages as touched. */
+void uvas_region_touch(struct uvas_region *region, uintptr_t base, size_t bytes);
+/* Whether any page there has been; *until: the end of the pages that are like the first. */
+bool uvas_region_touched(const struct uvas_region *region, uintptr_t base, uintptr_t end, uintptr_t *until);
+void uvas_region_untouch(struct uvas_region *region, uintptr_t base, size_t bytes);
+
+static inline size_t uvas_span_index(const struct uvas_region *region, uintptr_t address) {
+    return address / UVAS_SPAN - atomic_load_explicit(&region->base, memory_order_relaxed) / UVAS_SPAN;
+}
+
+/* ---- arenas -------------------------------------------------------------------------------------------------------------------------------------- */
+
+struct uvas_bin { /* slabs of one class that a heap owns */
+    struct uvas_slab *free; /* with free blocks; blocks are taken from the first */
+    struct uvas_slab *full;
+    uint64_t allocated; /* blocks, ever */
+};
+
+struct uvas_heap {
+    void *link; /* metadata.c's */
+    /* The door. `inside`: written by the owner only, 1 while it works in here. `shut`: written under the arena's door by who shuts it.
+     * Each side writes its word, then reads the other's; which needs a full barrier between, and that is the other side's (membarrier). */
+    _Atomic uint32_t inside;
+    _Atomic uint32_t shut;
+    _Atomic uvas_id arena_id; /* 0: of no arena now. Changed by the owner, or with the door shut */
+    struct uvas_arena *arena;
+    uint32_t hardened; /* GUARD and POISON of the arena's flags */
+    _Atomic(struct uvas_slab *) pending; /* slabs in which others freed blocks: pushed by anyone, taken whole by the owner */
+    struct uvas_heap *next, *previous;   /* in the arena's list; under its door, as is the next */
+    bool idle; /* its thread has ended */
+    uint64_t large_blocks, large_bytes;  /* allocated, ever */
+    uint64_t late_frees;
+    size_t kept_bytes;
+    uint32_t kept_next; /* where the next kept run goes */
+    struct uvas_run *kept[UVAS_KEPT_RUNS];
+    struct uvas_bin bins[UVAS_CLASSES];
+};
+
+struct uvas_arena {
+    void *link; /* metadata.c's */
+    uvas_id id;
+    char name[64];
+    uvas_id space; /* 0: it does not grow */
+    uint32_t flags, pages, node;
+    size_t growth, limit;
+    uint64_t idle_ns;
+    int (*exhausted)(void *context, size_t size);
+    void *context;
+    bool ready; /* its locks are made */
+    pthread_mutex_t door; /* held by who shuts the heaps' doors, as long as they are shut */
+    pthread_mutex_t lock;
+    pthread_cond_t moved; /* with lock: a span is no longer on its way */
+    struct uvas_heap *heaps; /* of threads; under door */
+    struct uvas_heap orphans; /* nobody's slabs: of threads that have ended. Under lock, but for pending */
+    struct uvas_holes holes;
+    _Atomic(struct uvas_region *) regions[UVAS_REGIONS_MAX]; /* appended under lock, read by anyone */
+    _Atomic uint32_t region_count;
+    bool growing; /* one thread takes a reservation; under lock */
+    size_t used_bytes, peak_bytes, committed_bytes, reserved_bytes;
+    uint64_t ended_blocks, ended_bytes, ended_late; /* what heaps that are gone had counted */
+    struct uvas_arena *next, *previous; /* in the list of all, or, in a forked child, of the parent's */
+};
+
+/* -- pages.c -- */
+
+enum uvas_effort {
+    UVAS_EFFORT_NO_WAIT, /* no system call, no wait: -EAGAIN instead, and nothing is said */
+    UVAS_EFFORT_MODEST,  /* the arena may grow and commit; nobody is disturbed */
+    UVAS_EFFORT_FULL,    /* everything that threads keep is called in, idle memory is given back, the caller's `exhausted` is asked */
+};
+
+struct uvas_request { /* of whole pages */
+    struct uvas_arena *arena;
+    uvas_id id; /* the arena's, for which it was looked up */
+    size_t bytes, align;
+    enum uvas_effort effort;
+    bool zero; /* its bytes are to be zero */
+    bool slab; /* the run is a slab's, with a spare */
+};
+
+/* A run of whole pages, described by *run (state BUSY; an empty piece of metadata before), with memory behind it unless the arena is bare. *touched:
+ * it held (without `zero`: holds) other bytes than zeros, perhaps. Outside. 0; -ENOSPC, -ENOMEM, -EDQUOT or another, said; -EAGAIN. Where it fails,
+ * *run may be another one, or NULL (a slab's spare likewise). */
+int uvas_pages_take(const struct uvas_request *request, struct uvas_run **run, bool *touched);
+/* Gives it back: from here on it is a hole, described by `hole`, or by `run` itself where that is no slab (hole NULL). Cannot fail. Under the lock.
+ * true: some hole has been idle for so long that uvas_pages_trim should be called. */
+bool uvas_pages_give(struct uvas_arena *arena, struct uvas_run *run, struct uvas_run *hole);
+/* Grows a large block in place by the hole behind it, or shrinks it. Outside; may wait. 0, or -EAGAIN: cannot be. */
+int uvas_pages_resize(struct uvas_arena *arena, struct uvas_run *run, size_t bytes);
+/* Gives back the memory of free spans, of holes that have been idle since `until` or longer only. Outside; waits. Returns bytes. */
+uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most);
+uint64_t uvas_pages_now(void); /* ns, of a coarse clock */
+void uvas_pages_collect(struct uvas_arena *arena); /* all that threads keep is the arena's again. Outside; shuts the doors */
+/* The next committed stretch of a region from *at on (0: from its start): [*at, *until). By anyone. */
+bool uvas_pages_next_committed(struct uvas_arena *arena, const struct uvas_region *region, uintptr_t *at, uintptr_t *until);
+int uvas_pages_add_region(struct uvas_arena *arena, uvas_id reservation, uintptr_t base, size_t size, bool ours);
+/* Undoes it; nothing of it is in use any more. Outside, the arena closing. 0 or what is said. */
+int uvas_pages_drop_region(struct uvas_arena *arena, struct uvas_region *region);
+
+extern uint32_t uvas_page_shift; /* log2 of the page; written once, with the platform */
+static inline size_t uvas_page(void) {
+    return (size_t)1 << uvas_page_shift;
+}
+
+/* -- heap.c -- */
+
+/* The calling thread's heap in an arena, made at its first use; NULL: the arena is dead, or there is no memory, and it is said. */
+struct uvas_heap *uvas_heap_of(uvas_id arena, bool may_wait);
+struct uvas_heap *uvas_heap_known(uvas_id arena); /* the same, if it has been made; else NULL */
+void uvas_heap_wait_at_door(struct uvas_heap *heap);
+void uvas_doors_shut(struct uvas_arena *arena); /* every thread is outside, and stays there */
+void uvas_doors_open(struct uvas_arena *arena);
+void uvas_heap_empty(struct uvas_heap *heap); /* all that it keeps goes to the arena. The door is shut, or it is the caller's own; under lock */
+void uvas_heap_count(struct uvas_heap *heap);  /* its counters go to the arena. Likewise */
+void uvas_heaps_forget(void); /* the child of a fork: the calling thread has no heaps */
+int uvas_heaps_ready(void);
+
+extern bool uvas_door_asymmetric; /* written once: membarrier makes the owner's barrier unnecessary */
+
+/* Goes inside. false: the door is shut, and the caller is outside. */
+static inline bool uvas_heap_enter(struct uvas_heap *heap) {
+    if (__builtin_expect(uvas_door_asymmetric, 1)) {
+        atomic_store_explicit(&heap->inside, 1, memory_order_relaxed);
+        atomic_signal_fence(memory_order_seq_cst); /* the compiler's order; the processor's is made by membarrier on the other side */
+    } else {
+        (void)atomic_exchange_explicit(&heap->inside, 1, memory_order_seq_cst);
+    }
+    if (__builtin_expect(atomic_load_explicit(&heap->shut, memory_order_seq_cst) == 0, 1)) {
+        return true;
+    }
+    atomic_store_explicit(&heap->inside, 0, memory_order_release);
+    return false;
+}
+
+static inline void uvas_heap_leave(struct uvas_heap *heap) {
+    atomic_store_explicit(&heap->inside, 0, memory_order_release);
+}
+
+/* -- slab.c: inside, or with the doors shut -- */
+
+size_t uvas_class_bytes(uint32_t class);
+uint32_t uvas_class_of(size_t size); /* 1 <= size <= UVAS_SMALL_MAX */
+/* A slab for a class, empty, nobody's yet (its run is BUSY); as uvas_pages_take. Outside. */
+int uvas_slab_make(struct uvas_arena *arena, uvas_id id, uint32_t class, enum uvas_effort effort, struct uvas_slab **out);
+void uvas_slab_adopt(struct uvas_heap *heap, struct uvas_slab *slab);
+/* Blocks that others freed come back to their slabs. Slabs that are empty then may end, under the lock: which the second one's caller holds. */
+void uvas_heap_collect(struct uvas_heap *heap);
+void uvas_heap_gather(struct uvas_heap *heap);
+/* An orphan with a free block of the class, now the heap's; false: there is none. Under lock. */
+bool uvas_slab_find_orphan(struct uvas_heap *heap, uint32_t class);
+/* After `used` of a listed slab fell to 0, or a full one got a free block. */
+void uvas_slab_changed(struct uvas_heap *heap, struct uvas_slab *slab);
+void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab); /* empty, in no list: its pages become a hole. Under lock */
+void uvas_slab_list(struct uvas_slab **list, struct uvas_slab *slab);
+void uvas_slab_unlist(struct uvas_slab **list, struct uvas_slab *slab);
+void uvas_slab_notify(struct uvas_slab *slab); /* after a remote bit was set */
+
+static inline _Atomic uint64_t *uvas_slab_free(struct uvas_slab *slab) {
+    return slab->bits;
+}
+
+static inline _Atomic uint64_t *uvas_slab_remote(struct uvas_slab *slab) {
+    return slab->bits + slab->words;
+}
+
+/* -- block.c: what the slabs' bits say -- */
+
+/* A slab's live block at an address. By anyone: true if it was so while the call ran. */
+bool uvas_slab_block(struct uvas_slab *slab, uintptr_t address, uintptr_t *base, size_t *bytes);
+struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t address); /* or NULL; by anyone */
+
+/* -- arena.c -- */
+
+/* By id; NULL and it is said: dead. Whoever uses it afterwards must know that it is not closed meanwhile: by a heap that is inside, or as the caller. */
+struct uvas_arena *uvas_arena_get(uvas_id id);
+/* In a forked child: the parent's arena with that id; NULL: there is none. */
+struct uvas_arena *uvas_arena_inherited(uvas_id id);
+void uvas_arenas_before_fork(void);
+void uvas_arenas_after_fork_in_parent(void);
+void uvas_arenas_after_fork_in_child(void);
+
+#endif

@@ -1,0 +1,631 @@
+/* block.c: blocks allocated, freed, resized and found.
+ *
+ * The short ways first: a small block from the slab that the thread's heap takes from, or back to a slab that it owns, touches nothing that another
+ * thread writes. Everything else is a slower way that ends in one of those.
+ */
+#include <assert.h>
+#include <errno.h>
+#include <string.h>
+
+#include "arena.h"
+#include "failure.h"
+#include "space.h"
+#include "vm.h"
+
+#define RECIPROCAL_BITS 40 /* slab.c */
+#define POISON 0xdf
+#define ALIGN_LEAST ((size_t)16)
+
+#define LIKELY(condition) __builtin_expect(!!(condition), 1)
+
+struct ask { /* what a caller wants */
+    uvas_id id;
+    size_t size, align;
+    bool zero, wait;
+};
+
+/* ---- where is it? ------------------------------------------------------------------------------------------------------------------------------ */
+
+struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t address) {
+    uint32_t count = atomic_load_explicit(&arena->region_count, memory_order_acquire);
+    for (uint32_t i = 0; i < count; i++) {
+        struct uvas_region *region = atomic_load_explicit(&arena->regions[i], memory_order_acquire);
+        if (region && address - atomic_load_explicit(&region->base, memory_order_relaxed) < atomic_load_explicit(&region->bytes, memory_order_relaxed)) {
+            return region;
+        }
+    }
+    return NULL;
+}
+
+static inline size_t index_in(const struct uvas_slab *slab, size_t offset) {
+    return (size_t)(offset * atomic_load_explicit(&slab->reciprocal, memory_order_relaxed) >> RECIPROCAL_BITS);
+}
+
+bool uvas_slab_block(struct uvas_slab *slab, uintptr_t address, uintptr_t *base, size_t *bytes) {
+    uintptr_t start = uvas_run_base(&slab->run);
+    size_t index = index_in(slab, address - start), size = atomic_load_explicit(&slab->block_bytes, memory_order_relaxed);
+    if (index >= atomic_load_explicit(&slab->count, memory_order_relaxed) || index / 64 >= slab->words) {
+        return false;
+    }
+    uint64_t bit = UINT64_C(1) << index % 64;
+    if ((atomic_load_explicit(&uvas_slab_remote(slab)[index / 64], memory_order_acquire) |
+         atomic_load_explicit(&uvas_slab_free(slab)[index / 64], memory_order_acquire)) & bit) {
+        return false;
+    }
+    *base = start + index * size;
+    *bytes = size;
+    return true;
+}
+
+/* A live block; *run: its run. By anyone. */
+static bool locate(const struct uvas_region *region, uintptr_t address, struct uvas_run **run, uintptr_t *base, size_t *bytes) {
+    *run = uvas_region_find(region, address);
+    uint32_t state = *run ? uvas_run_state(*run) : UVAS_RUN_NONE;
+    if (state == UVAS_RUN_SLAB) {
+        return uvas_slab_block((struct uvas_slab *)*run, address, base, bytes);
+    }
+    if (state != UVAS_RUN_LARGE) {
+        return false;
+    }
+    *base = uvas_run_base(*run);
+    *bytes = uvas_run_bytes(*run) - atomic_load_explicit(&(*run)->guard, memory_order_relaxed);
+    return address - *base < *bytes;
+}
+
+int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out) {
+    struct uvas_region *region = uvas_region_at(address);
+    uvas_id arena = region ? atomic_load_explicit(&region->arena_id, memory_order_acquire) : 0;
+    struct uvas_run *run;
+    uintptr_t base;
+    size_t bytes;
+    if (!arena || address - atomic_load_explicit(&region->base, memory_order_relaxed) >= atomic_load_explicit(&region->bytes, memory_order_relaxed)) {
+        return -ENOENT;
+    }
+    if (!locate(region, address, &run, &base, &bytes)) {
+        return -ENOENT;
+    }
+    *out = (struct uvas_allocation){.base = base, .size = bytes, .arena = arena};
+    return 0;
+}
+
+static int not_live(uintptr_t address) {
+    return uvas_fail_invalid("0x%lx is not the base of a live block of this arena: it was freed already, or never allocated there", address);
+}
+
+int uvas_allocation_size(uvas_id id, uintptr_t address, size_t *out) {
+    struct uvas_arena *arena = uvas_arena_inherited(id);
+    if (!arena) {
+        arena = uvas_arena_get(id);
+    }
+    if (!arena) {
+        return -ESTALE;
+    }
+    struct uvas_region *region = uvas_arena_region(arena, address);
+    struct uvas_run *run;
+    uintptr_t base;
+    size_t bytes;
+    if (!region || !locate(region, address, &run, &base, &bytes) || base != address) {
+        return not_live(address);
+    }
+    *out = bytes;
+    return 0;
+}
+
+/* ---- small blocks: inside ------------------------------------------------------------------------------------------------------------------------- */
+
+/* The lowest free block. *fresh: it was never handed out, and is zero. */
+static inline uintptr_t take(struct uvas_bin *bin, struct uvas_slab *slab, bool *fresh) {
+    uint32_t word = (uint32_t)__builtin_ctzll(slab->summary);
+    uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed);
+    uint32_t index = 64 * word + (uint32_t)__builtin_ctzll(bits);
+    bits &= bits - 1;
+    atomic_store_explicit(&uvas_slab_free(slab)[word], bits, memory_order_relaxed);
+    slab->summary ^= (uint64_t)(bits == 0) << word;
+    slab->used++;
+    bin->allocated++;
+    *fresh = slab->clean && index >= slab->high;
+    slab->high = index >= slab->high ? index + 1 : slab->high;
+    return uvas_run_base(&slab->run) + (uintptr_t)index * atomic_load_explicit(&slab->block_bytes, memory_order_relaxed);
+}
+
+/* A slab of the heap's own with a free block, first in its list; or NULL. */
+static struct uvas_slab *refill(struct uvas_heap *heap, uint32_t class) {
+    struct uvas_bin *bin = &heap->bins[class];
+    if (atomic_load_explicit(&heap->pending, memory_order_relaxed)) {
+        uvas_heap_collect(heap);
+    }
+    while (bin->free && !bin->free->summary) {
+        struct uvas_slab *slab = bin->free;
+        uvas_slab_unlist(&bin->free, slab);
+        uvas_slab_list(&bin->full, slab);
+        slab->listed = false;
+    }
+    if (!bin->free) {
+        (void)pthread_mutex_lock(&heap->arena->lock);
+        (void)uvas_slab_find_orphan(heap, class);
+        (void)pthread_mutex_unlock(&heap->arena->lock);
+    }
+    return bin->free;
+}
+
+/* Goes inside; 0, -EAGAIN, or -ESTALE said. */
+static int go_in(struct uvas_heap *heap, uvas_id id, bool wait) {
+    while (!uvas_heap_enter(heap)) {
+        if (!wait) {
+            return -EAGAIN;
+        }
+        uvas_heap_wait_at_door(heap);
+    }
+    if (atomic_load_explicit(&heap->arena_id, memory_order_relaxed) != id) {
+        uvas_heap_leave(heap);
+        return wait ? uvas_fail_released("arena", id) : -EAGAIN;
+    }
+    return 0;
+}
+
+/* ---- large blocks ---------------------------------------------------------------------------------------------------------------------------------- */
+
+static size_t whole_pages(size_t size) {
+    return (size + uvas_page() - 1) & ~(uvas_page() - 1);
+}
+
+/* What the heap kept. Inside. */
+static struct uvas_run *take_kept(struct uvas_heap *heap, size_t bytes, size_t align) {
+    for (uint32_t i = 0; i < UVAS_KEPT_RUNS; i++) {
+        struct uvas_run *run = heap->kept[i];
+        if (run && uvas_run_bytes(run) == bytes && !(uvas_run_base(run) & (align - 1))) {
+            heap->kept[i] = NULL;
+            heap->kept_bytes -= bytes;
+            return run;
+        }
+    }
+    return NULL;
+}
+
+/* Its memory goes to the arena. Inside. true: somebody should trim. */
+static bool give(struct uvas_heap *heap, struct uvas_run *run) {
+    (void)pthread_mutex_lock(&heap->arena->lock);
+    bool idle = uvas_pages_give(heap->arena, run, NULL);
+    (void)pthread_mutex_unlock(&heap->arena->lock);
+    return idle;
+}
+
+/* Keeps a run that was just freed, in the place of the oldest. Inside. true: somebody should trim. */
+static bool keep(struct uvas_heap *heap, struct uvas_run *run) {
+    size_t bytes = uvas_run_bytes(run);
+    bool idle = false;
+    if (bytes > UVAS_KEPT_RUN_MAX) {
+        return give(heap, run);
+    }
+    for (uint32_t tries = 0; tries < UVAS_KEPT_RUNS; tries++) {
+        struct uvas_run **slot = &heap->kept[heap->kept_next];
+        if (*slot && (tries == 0 || heap->kept_bytes + bytes > UVAS_KEPT_MAX)) {
+            heap->kept_bytes -= uvas_run_bytes(*slot);
+            idle |= give(heap, *slot);
+            *slot = NULL;
+        }
+        if (!*slot && heap->kept_bytes + bytes <= UVAS_KEPT_MAX) {
+            *slot = run;
+            heap->kept_bytes += bytes;
+            heap->kept_next = (heap->kept_next + 1) % UVAS_KEPT_RUNS;
+            return idle;
+        }
+        heap->kept_next = (heap->kept_next + 1) % UVAS_KEPT_RUNS;
+    }
+    return give(heap, run) || idle;
+}
+
+static int put_guard(struct uvas_arena *arena, struct uvas_run *run) {
+    size_t guard = uvas_page(), usable = uvas_run_bytes(run) - guard;
+    int rc = uvas_vm_guard(uvas_run_base(run) + usable, guard);
+    if (rc < 0) {
+        (void)pthread_mutex_lock(&arena->lock);
+        (void)uvas_pages_give(arena, run, NULL);
+        (void)pthread_mutex_unlock(&arena->lock);
+        return rc == -EINVAL || rc == -ENOTSUP
+                   ? uvas_fail_unsupported("guard pages", "an arena without guards", "this kernel puts no guards into memory of this kind")
+                   : uvas_fail_system(uvas_run_base(run) + usable, guard, "madvise(MADV_GUARD_INSTALL)", rc);
+    }
+    atomic_store_explicit(&run->guard, guard, memory_order_relaxed);
+    return 0;
+}
+
+/* A fresh run. Outside. */
+static int take_run(struct uvas_heap *heap, const struct ask *ask, size_t bytes, struct uvas_run **out) {
+    bool touched;
+    struct uvas_arena *arena = heap->arena;
+    struct uvas_run *run = uvas_metadata_take(UVAS_METADATA_RUN, ask->wait);
+    if (!run) {
+        return ask->wait ? uvas_fail_memory(0, sizeof *run, "the host") : -EAGAIN;
+    }
+    struct uvas_request request = {.arena = arena, .id = ask->id, .bytes = bytes, .zero = ask->zero,
+                                   .align = ask->align > uvas_page() ? ask->align : uvas_page(),
+                                   .effort = ask->wait ? UVAS_EFFORT_FULL : UVAS_EFFORT_NO_WAIT};
+    int rc = uvas_pages_take(&request, &run, &touched);
+    if (rc < 0) {
+        if (run) {
+            uvas_metadata_give(UVAS_METADATA_RUN, run);
+        }
+        return rc;
+    }
+    atomic_store_explicit(&run->guard, 0, memory_order_relaxed);
+    *out = run;
+    return arena->flags & UVAS_ARENA_GUARD ? put_guard(arena, run) : 0;
+}
+
+static int alloc_large(struct uvas_heap *heap, const struct ask *ask, uintptr_t *out) {
+    if (ask->size >> uvas_vm_platform.address_bits) {
+        return ask->wait ? uvas_fail_invalid("a block of 0x%zx bytes is larger than all addresses, which have %u bits", ask->size,
+                                             uvas_vm_platform.address_bits)
+                         : -EAGAIN;
+    }
+    bool guarded = heap->hardened & UVAS_ARENA_GUARD;
+    size_t bytes = whole_pages(ask->size) + (guarded ? uvas_page() : 0);
+    if (guarded && !ask->wait) {
+        return -EAGAIN;
+    }
+    int rc = go_in(heap, ask->id, ask->wait);
+    if (rc < 0) {
+        return rc;
+    }
+    struct uvas_run *run = guarded || bytes > UVAS_KEPT_RUN_MAX ? NULL : take_kept(heap, bytes, ask->align);
+    if (!run) {
+        uvas_heap_leave(heap); /* nobody waits for the kernel inside */
+        rc = take_run(heap, ask, bytes, &run);
+        if (rc < 0) {
+            return rc;
+        }
+        while (!uvas_heap_enter(heap)) { /* the arena cannot close: it has a busy run */
+            uvas_heap_wait_at_door(heap);
+        }
+    } else if (ask->zero) {
+        memset((void *)uvas_run_base(run), 0, bytes);
+    }
+    heap->large_blocks++;
+    heap->large_bytes += bytes - atomic_load_explicit(&run->guard, memory_order_relaxed);
+    *out = uvas_run_base(run);
+    atomic_store_explicit(&run->state, UVAS_RUN_LARGE, memory_order_release);
+    uvas_heap_leave(heap);
+    return 0;
+}
+
+/* ---- alloc ----------------------------------------------------------------------------------------------------------------------------------------- */
+
+/* A slab for one more block. 0, or what is said or -EAGAIN. Outside. */
+static int add_slab(struct uvas_heap *heap, const struct ask *ask, uint32_t class) {
+    struct uvas_slab *slab;
+    int rc = uvas_slab_make(heap->arena, ask->id, class, ask->wait ? UVAS_EFFORT_MODEST : UVAS_EFFORT_NO_WAIT, &slab);
+    if (rc == 0) {
+        while (!uvas_heap_enter(heap)) { /* the arena cannot close: it has a busy run */
+            uvas_heap_wait_at_door(heap);
+        }
+        uvas_slab_adopt(heap, slab);
+        uvas_heap_leave(heap);
+    }
+    return rc;
+}
+
+/* Where there is no room for a slab: what threads keep is called in, then the block is a run of its own, then the first again, as the caller's
+ * `exhausted` may have freed blocks in slabs. */
+static int alloc_small(struct uvas_heap *heap, const struct ask *ask, uint32_t class, uintptr_t *out) {
+    for (uint32_t tries = 0;;) {
+        bool fresh;
+        int rc = go_in(heap, ask->id, ask->wait);
+        if (rc < 0) {
+            return rc;
+        }
+        struct uvas_slab *slab = refill(heap, class);
+        if (slab) {
+            *out = take(&heap->bins[class], slab, &fresh);
+            size_t bytes = uvas_class_bytes(class);
+            uvas_heap_leave(heap);
+            if (ask->zero && !fresh) {
+                memset((void *)*out, 0, bytes);
+            }
+            return 0;
+        }
+        uvas_heap_leave(heap);
+        rc = add_slab(heap, ask, class);
+        if (rc == 0) {
+            continue;
+        }
+        if (!ask->wait || rc == -ESTALE) {
+            return rc == -ESTALE ? rc : -EAGAIN;
+        }
+        if (tries == 0) {
+            uvas_pages_collect(heap->arena);
+        } else {
+            rc = alloc_large(heap, ask, out);
+            if (rc == 0 || tries == 2) {
+                return rc;
+            }
+        }
+        tries++;
+    }
+}
+
+/* The class of which a block is aligned so; UVAS_CLASSES: none, it is to be whole pages. */
+static uint32_t class_for(size_t size, size_t align) {
+    if (size > UVAS_SMALL_MAX || align > uvas_page()) {
+        return UVAS_CLASSES;
+    }
+    uint32_t class = uvas_class_of(size > align ? size : align);
+    while (class < UVAS_CLASSES && (uvas_class_bytes(class) & (align - 1))) {
+        class++;
+    }
+    return class;
+}
+
+static int alloc_any(const struct ask *asked, uintptr_t *out) {
+    struct ask ask = *asked;
+    ask.align = ask.align > ALIGN_LEAST ? ask.align : ALIGN_LEAST;
+    if (ask.size == 0 || (ask.align & (ask.align - 1)) || ask.align > UVAS_ALIGN_MAX) {
+        return uvas_fail_invalid("%zu bytes aligned to 0x%zx: a block has at least 1 byte, alignments are powers of two up to 0x%zx", ask.size,
+                                 ask.align, UVAS_ALIGN_MAX);
+    }
+    struct uvas_heap *heap = uvas_heap_of(ask.id, ask.wait);
+    if (!heap) {
+        return ask.wait ? uvas_last_failure()->code : -EAGAIN;
+    }
+    if (ask.zero && (heap->arena->flags & UVAS_ARENA_BARE)) {
+        return uvas_fail_invalid("an arena of bare addresses has no bytes to zero");
+    }
+    uint32_t class = class_for(ask.size, ask.align);
+    return class < UVAS_CLASSES ? alloc_small(heap, &ask, class, out) : alloc_large(heap, &ask, out);
+}
+
+static inline int alloc(uvas_id id, size_t size, size_t align, bool zero, bool wait, uintptr_t *out) {
+    struct uvas_heap *heap = uvas_heap_known(id);
+    if (LIKELY(heap && size - 1 < UVAS_SMALL_MAX && align <= ALIGN_LEAST && !(align & (align - 1)) && uvas_heap_enter(heap))) {
+        uint32_t class = uvas_class_of(size);
+        struct uvas_bin *bin = &heap->bins[class];
+        struct uvas_slab *slab = bin->free;
+        if (LIKELY(atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id && slab && slab->summary && !zero)) {
+            bool fresh;
+            *out = take(bin, slab, &fresh);
+            uvas_heap_leave(heap);
+            return 0;
+        }
+        uvas_heap_leave(heap);
+    }
+    struct ask ask = {.id = id, .size = size, .align = align, .zero = zero, .wait = wait};
+    return alloc_any(&ask, out);
+}
+
+int uvas_alloc(uvas_id arena, size_t size, size_t align, uintptr_t *out) {
+    return alloc(arena, size, align, false, true, out);
+}
+
+int uvas_alloc_zeroed(uvas_id arena, size_t size, size_t align, uintptr_t *out) {
+    return alloc(arena, size, align, true, true, out);
+}
+
+int uvas_alloc_try(uvas_id arena, size_t size, size_t align, uintptr_t *out) {
+    return alloc(arena, size, align, false, false, out);
+}
+
+int uvas_alloc_many(uvas_id arena, const size_t *sizes, size_t count, uintptr_t *out) {
+    for (size_t i = 0; i < count; i++) {
+        int rc = alloc(arena, sizes[i], 0, false, true, &out[i]);
+        if (rc < 0) {
+            struct uvas_failure said = *uvas_last_failure();
+            while (i-- > 0) {
+                (void)uvas_free(arena, out[i]);
+            }
+            *uvas_fail(said.kind, said.code) = said;
+            return rc;
+        }
+    }
+    return 0;
+}
+
+/* ---- free -------------------------------------------------------------------------------------------------------------------------------------------- */
+
+enum { GIVE_IDLE = 1, WANTS_OUTSIDE = 2 }; /* answers of free_inside that are no failures */
+
+/* By a thread that does not own the slab. */
+static int free_remote(struct uvas_slab *slab, size_t index) {
+    uint64_t bit = UINT64_C(1) << index % 64;
+    _Atomic uint64_t *remote = &uvas_slab_remote(slab)[index / 64], *free = &uvas_slab_free(slab)[index / 64];
+    if (atomic_load_explicit(free, memory_order_acquire) & bit || atomic_fetch_or(remote, bit) & bit) {
+        return -EINVAL;
+    }
+    if (atomic_load_explicit(free, memory_order_acquire) & bit) { /* the owner collected an earlier free of it between the two looks */
+        (void)atomic_fetch_and(remote, ~bit);
+        return -EINVAL;
+    }
+    uvas_slab_notify(slab);
+    return 0;
+}
+
+static inline int free_small(struct uvas_heap *heap, struct uvas_slab *slab, size_t offset) {
+    size_t index = index_in(slab, offset);
+    if (index * atomic_load_explicit(&slab->block_bytes, memory_order_relaxed) != offset ||
+        index >= atomic_load_explicit(&slab->count, memory_order_relaxed)) {
+        return -EINVAL;
+    }
+    if (!LIKELY(atomic_load_explicit(&slab->owner, memory_order_relaxed) == heap)) {
+        return free_remote(slab, index);
+    }
+    uint64_t word = index / 64, bit = UINT64_C(1) << index % 64, bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed);
+    if (!LIKELY(!((bits | atomic_load_explicit(&uvas_slab_remote(slab)[word], memory_order_acquire)) & bit))) {
+        return -EINVAL;
+    }
+    atomic_store_explicit(&uvas_slab_free(slab)[word], bits | bit, memory_order_release);
+    slab->summary |= UINT64_C(1) << word;
+    if (!LIKELY(--slab->used != 0 && slab->listed)) {
+        uvas_slab_changed(heap, slab);
+    }
+    return 0;
+}
+
+static int free_large(struct uvas_heap *heap, struct uvas_run *run) {
+    uint32_t live = UVAS_RUN_LARGE;
+    bool guarded = atomic_load_explicit(&run->guard, memory_order_relaxed) != 0;
+    if (!atomic_compare_exchange_strong(&run->state, &live, guarded ? UVAS_RUN_BUSY : UVAS_RUN_KEPT)) {
+        return -EINVAL;
+    }
+    return guarded ? WANTS_OUTSIDE : keep(heap, run) ? GIVE_IDLE : 0;
+}
+
+/* 0, GIVE_IDLE, WANTS_OUTSIDE with *found, or -EINVAL. */
+static inline int free_inside(struct uvas_heap *heap, uintptr_t address, struct uvas_run **found) {
+    struct uvas_region *region = atomic_load_explicit(&heap->arena->regions[0], memory_order_relaxed);
+    if (!LIKELY(region && address - atomic_load_explicit(&region->base, memory_order_relaxed) <
+                              atomic_load_explicit(&region->bytes, memory_order_relaxed))) {
+        region = uvas_arena_region(heap->arena, address);
+        if (!region) {
+            return -EINVAL;
+        }
+    }
+    size_t page = (address - atomic_load_explicit(&region->base, memory_order_relaxed)) >> uvas_page_shift;
+    struct uvas_run *run = atomic_load_explicit(&region->map[page], memory_order_acquire);
+    if (!LIKELY(run && address - uvas_run_base(run) < uvas_run_bytes(run))) {
+        run = uvas_region_find(region, address);
+    }
+    *found = run;
+    uint32_t state = run ? uvas_run_state(run) : UVAS_RUN_NONE;
+    if (LIKELY(state == UVAS_RUN_SLAB)) {
+        return free_small(heap, (struct uvas_slab *)run, address - uvas_run_base(run));
+    }
+    return state == UVAS_RUN_LARGE && address == uvas_run_base(run) ? free_large(heap, run) : -EINVAL;
+}
+
+/* The guard comes down before the pages are anybody else's. Outside; the run is BUSY. */
+static int free_guarded(struct uvas_arena *arena, struct uvas_run *run) {
+    size_t guard = atomic_load_explicit(&run->guard, memory_order_relaxed);
+    int rc = uvas_vm_unguard(uvas_run_base(run) + uvas_run_bytes(run) - guard, guard);
+    if (rc < 0) {
+        rc = uvas_fail_system(uvas_run_base(run), uvas_run_bytes(run), "madvise(MADV_GUARD_REMOVE)", rc);
+        atomic_store_explicit(&run->state, UVAS_RUN_LARGE, memory_order_release); /* as it was */
+        return rc;
+    }
+    (void)pthread_mutex_lock(&arena->lock);
+    (void)uvas_pages_give(arena, run, NULL);
+    (void)pthread_mutex_unlock(&arena->lock);
+    return 0;
+}
+
+static void poison(const struct uvas_arena *arena, uintptr_t address) {
+    struct uvas_region *region = uvas_arena_region(arena, address);
+    struct uvas_run *run;
+    uintptr_t base;
+    size_t bytes;
+    if (region && locate(region, address, &run, &base, &bytes) && base == address) {
+        memset((void *)base, POISON, bytes);
+    }
+}
+
+static int free_any(uvas_id id, uintptr_t address, bool wait) {
+    if (uvas_arena_inherited(id)) {
+        return 0; /* the parent's: here it is memory like any other, and nobody hands it out */
+    }
+    struct uvas_heap *heap = uvas_heap_of(id, wait);
+    if (!heap) {
+        return wait ? uvas_last_failure()->code : -EAGAIN;
+    }
+    if (heap->hardened && !wait) {
+        return -EAGAIN;
+    }
+    if (heap->hardened & UVAS_ARENA_POISON) {
+        poison(heap->arena, address);
+    }
+    struct uvas_run *run;
+    struct uvas_arena *arena = heap->arena;
+    int rc = go_in(heap, id, wait);
+    if (rc < 0) {
+        return rc;
+    }
+    rc = free_inside(heap, address, &run);
+    uvas_heap_leave(heap);
+    if (rc == WANTS_OUTSIDE) {
+        return free_guarded(arena, run);
+    }
+    if (rc == GIVE_IDLE && wait) {
+        (void)uvas_pages_trim(arena, uvas_pages_now() - arena->idle_ns, 1);
+    }
+    return rc == -EINVAL ? not_live(address) : 0;
+}
+
+static inline int free_block(uvas_id id, uintptr_t address, bool wait) {
+    struct uvas_heap *heap = uvas_heap_known(id);
+    if (!LIKELY(heap && !heap->hardened && uvas_heap_enter(heap))) {
+        return free_any(id, address, wait);
+    }
+    int rc = -ESTALE;
+    struct uvas_run *run;
+    struct uvas_arena *arena = heap->arena;
+    if (LIKELY(atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id)) {
+        rc = free_inside(heap, address, &run);
+    }
+    uvas_heap_leave(heap);
+    if (LIKELY(rc == 0)) {
+        return 0;
+    }
+    if (rc == GIVE_IDLE) {
+        if (wait) {
+            (void)uvas_pages_trim(arena, uvas_pages_now() - arena->idle_ns, 1);
+        }
+        return 0;
+    }
+    return rc == -EINVAL ? not_live(address) : free_any(id, address, wait);
+}
+
+int uvas_free(uvas_id arena, uintptr_t address) {
+    return free_block(arena, address, true);
+}
+
+int uvas_free_try(uvas_id arena, uintptr_t address) {
+    return free_block(arena, address, false);
+}
+
+/* ---- another size -------------------------------------------------------------------------------------------------------------------------------------- */
+
+static int move(struct uvas_arena *arena, uvas_id id, uintptr_t address, size_t old_bytes, size_t size, uintptr_t *out) {
+    if (arena->flags & UVAS_ARENA_BARE) {
+        return uvas_fail_unsupported("moving a block of bare addresses", "allocate another one, and map there what is behind this one",
+                                     "the block at 0x%lx cannot have %zu bytes where it is, and the arena has nothing to copy", address, size);
+    }
+    uintptr_t moved;
+    int rc = uvas_alloc(id, size, 0, &moved);
+    if (rc < 0) {
+        return rc;
+    }
+    memcpy((void *)moved, (const void *)address, old_bytes < size ? old_bytes : size);
+    rc = uvas_free(id, address);
+    if (rc < 0) {
+        struct uvas_failure said = *uvas_last_failure();
+        (void)uvas_free(id, moved);
+        *uvas_fail(said.kind, said.code) = said;
+        return rc;
+    }
+    *out = moved;
+    return 0;
+}
+
+int uvas_realloc(uvas_id id, uintptr_t address, size_t size, uintptr_t *out) {
+    struct uvas_arena *arena = uvas_arena_get(id);
+    struct uvas_region *region = arena ? uvas_arena_region(arena, address) : NULL;
+    struct uvas_run *run;
+    uintptr_t base;
+    size_t bytes;
+    if (!arena) {
+        return -ESTALE;
+    }
+    if (size == 0 || size >> uvas_vm_platform.address_bits) {
+        return uvas_fail_invalid("a block cannot have 0x%zx bytes", size);
+    }
+    if (!region || !locate(region, address, &run, &base, &bytes) || base != address) {
+        return not_live(address);
+    }
+    bool small = uvas_run_state(run) == UVAS_RUN_SLAB, guarded = atomic_load_explicit(&run->guard, memory_order_relaxed) != 0;
+    bool stays = small ? size <= bytes && size > bytes / 2 : whole_pages(size) == bytes;
+    if (!stays && !small && !guarded && size > UVAS_SMALL_MAX) {
+        stays = uvas_pages_resize(arena, run, whole_pages(size)) == 0;
+    }
+    if (!stays) {
+        return move(arena, id, address, bytes, size, out);
+    }
+    *out = address;
+    return 0;
+}

@@ -1,0 +1,232 @@
+/* heap.c: what each thread keeps for itself in an arena, and the door through which it goes.
+ *
+ * The door is a lock that costs its usual holder, the thread, two stores and a load: it says that it is inside, looks whether the door is shut, works,
+ * and says that it is outside. Who wants a thread outside (to trim, check, count, close or fork) shuts the door, has every processor pass a barrier
+ * (membarrier), and waits until nobody is inside: after the barrier either the thread has seen that the door is shut, or its being inside is seen.
+ * This is Dekker's algorithm with one side's barrier moved to the other side; where the kernel has no membarrier both sides have theirs.
+ *
+ * A heap is its thread's for as long as the thread lives; in an arena that outlives the thread it stays, idle, for the next one. */
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "arena.h"
+#include "failure.h"
+#include "vm.h"
+
+#define INDEX_MASK 0xffffffu /* of an id: slots.h */
+#define ROOM_STEP 16u
+
+bool uvas_door_asymmetric;
+
+/* The calling thread's heaps, by the index in their arena's id. In the executable's own TLS block (a few bytes), as it is on the way of every call. */
+static _Thread_local struct {
+    struct uvas_heap **list;
+    uint32_t count;
+} mine __attribute__((tls_model("initial-exec")));
+
+static pthread_key_t at_thread_end;
+
+/* ---- the door -------------------------------------------------------------------------------------------------------------------------------- */
+
+void uvas_doors_shut(struct uvas_arena *arena) {
+    (void)pthread_mutex_lock(&arena->door);
+    for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
+        atomic_store_explicit(&heap->shut, 1, memory_order_seq_cst);
+    }
+    if (uvas_door_asymmetric && arena->heaps) {
+        uvas_vm_barrier(); /* the one call made with the door's lock held: it asks nobody and takes microseconds */
+    }
+    for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
+        while (atomic_load_explicit(&heap->inside, memory_order_seq_cst)) {
+            uvas_vm_yield(); /* a few hundred instructions, or until that thread runs again */
+        }
+    }
+}
+
+void uvas_doors_open(struct uvas_arena *arena) {
+    for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
+        atomic_store_explicit(&heap->shut, 0, memory_order_release);
+    }
+    (void)pthread_mutex_unlock(&arena->door);
+}
+
+void uvas_heap_wait_at_door(struct uvas_heap *heap) {
+    struct uvas_arena *arena = heap->arena;
+    (void)pthread_mutex_lock(&arena->door);
+    (void)pthread_mutex_unlock(&arena->door);
+}
+
+/* ---- a heap's beginning and end ------------------------------------------------------------------------------------------------------------------ */
+
+struct uvas_heap *uvas_heap_known(uvas_id arena) {
+    uint32_t index = (uint32_t)arena & INDEX_MASK;
+    struct uvas_heap *heap = index < mine.count ? mine.list[index] : NULL;
+    return heap && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == arena ? heap : NULL;
+}
+
+static bool widen(uint32_t index) {
+    if (index < mine.count) {
+        return true;
+    }
+    uint32_t count = index + ROOM_STEP;
+    struct uvas_heap **list = realloc(mine.list, count * sizeof *list);
+    if (!list) {
+        return false;
+    }
+    memset(list + mine.count, 0, (count - mine.count) * sizeof *list);
+    mine.list = list;
+    mine.count = count;
+    (void)pthread_setspecific(at_thread_end, &mine);
+    return true;
+}
+
+/* An idle heap of the arena, or `fresh`; under the door. */
+static struct uvas_heap *settle(struct uvas_arena *arena, struct uvas_heap *fresh) {
+    struct uvas_heap *heap = arena->heaps;
+    while (heap && !heap->idle) {
+        heap = heap->next;
+    }
+    if (!heap) {
+        heap = fresh;
+        memset((char *)heap + offsetof(struct uvas_heap, large_blocks), 0, sizeof *heap - offsetof(struct uvas_heap, large_blocks));
+        heap->arena = arena;
+        heap->hardened = arena->flags & (UVAS_ARENA_GUARD | UVAS_ARENA_POISON);
+        heap->previous = NULL;
+        heap->next = arena->heaps;
+        if (heap->next) {
+            heap->next->previous = heap;
+        }
+        arena->heaps = heap;
+        atomic_store_explicit(&heap->arena_id, arena->id, memory_order_relaxed);
+    }
+    heap->idle = false;
+    return heap;
+}
+
+/* A thread's old heap is of another arena now gone, or of none: it is used again. */
+struct uvas_heap *uvas_heap_of(uvas_id id, bool may_wait) {
+    struct uvas_heap *heap = uvas_heap_known(id);
+    if (heap) {
+        return heap;
+    }
+    uint32_t index = (uint32_t)id & INDEX_MASK;
+    struct uvas_arena *arena = uvas_arena_get(id);
+    if (!arena) {
+        return NULL;
+    }
+    struct uvas_heap *fresh = widen(index) ? mine.list[index] : NULL;
+    bool own = fresh != NULL; /* detached by a close */
+    fresh = own ? fresh : uvas_metadata_take(UVAS_METADATA_HEAP, may_wait);
+    if (!fresh || (may_wait ? pthread_mutex_lock(&arena->door) : pthread_mutex_trylock(&arena->door)) != 0) {
+        if (fresh && !own) {
+            uvas_metadata_give(UVAS_METADATA_HEAP, fresh);
+        }
+        (void)uvas_fail_memory(0, sizeof *fresh, "the host");
+        return NULL;
+    }
+    bool alive = arena->id == id;
+    heap = alive ? settle(arena, fresh) : NULL;
+    (void)pthread_mutex_unlock(&arena->door);
+    if (heap != fresh) {
+        mine.list[index] = NULL;
+        uvas_metadata_give(UVAS_METADATA_HEAP, fresh);
+    }
+    if (!heap) {
+        (void)uvas_fail_released("arena", id);
+        return NULL;
+    }
+    mine.list[index] = heap;
+    return heap;
+}
+
+void uvas_heap_empty(struct uvas_heap *heap) {
+    struct uvas_arena *arena = heap->arena;
+    struct uvas_heap *orphans = &arena->orphans;
+    for (uint32_t i = 0; i < UVAS_KEPT_RUNS; i++) {
+        if (heap->kept[i]) {
+            (void)uvas_pages_give(arena, heap->kept[i], NULL);
+            heap->kept[i] = NULL;
+        }
+    }
+    heap->kept_bytes = 0;
+    uvas_heap_gather(heap);
+    for (uint32_t class = 0; class < UVAS_CLASSES; class++) {
+        struct uvas_bin *bin = &heap->bins[class];
+        struct uvas_slab *next;
+        for (struct uvas_slab *slab = bin->free; slab; slab = next) {
+            next = slab->next;
+            if (slab->used == 0) {
+                uvas_slab_unlist(&bin->free, slab);
+                uvas_slab_end(arena, slab);
+            } else if (heap != orphans) {
+                uvas_slab_unlist(&bin->free, slab);
+                uvas_slab_list(slab->summary ? &orphans->bins[class].free : &orphans->bins[class].full, slab);
+                slab->listed = slab->summary != 0;
+                atomic_store_explicit(&slab->owner, orphans, memory_order_release);
+            }
+        }
+        while (heap != orphans && bin->full) {
+            struct uvas_slab *slab = bin->full;
+            uvas_slab_unlist(&bin->full, slab);
+            uvas_slab_list(&orphans->bins[class].full, slab);
+            atomic_store_explicit(&slab->owner, orphans, memory_order_release);
+        }
+    }
+}
+
+void uvas_heap_count(struct uvas_heap *heap) {
+    struct uvas_arena *arena = heap->arena;
+    arena->ended_blocks += heap->large_blocks;
+    arena->ended_bytes += heap->large_bytes;
+    arena->ended_late += heap->late_frees;
+    heap->large_blocks = heap->large_bytes = heap->late_frees = 0;
+    for (uint32_t class = 0; class < UVAS_CLASSES; class++) {
+        arena->ended_blocks += heap->bins[class].allocated;
+        arena->ended_bytes += heap->bins[class].allocated * uvas_class_bytes(class);
+        heap->bins[class].allocated = 0;
+    }
+}
+
+/* The thread ends: what it keeps goes to the arena, unless that was closed meanwhile. */
+static void leave(struct uvas_heap *heap) {
+    struct uvas_arena *arena = heap->arena;
+    (void)pthread_mutex_lock(&arena->door); /* arenas are never freed, and a closed one has this lock still */
+    bool attached = atomic_load_explicit(&heap->arena_id, memory_order_relaxed) != 0;
+    if (attached) {
+        (void)pthread_mutex_lock(&arena->lock);
+        uvas_heap_empty(heap);
+        uvas_heap_count(heap);
+        (void)pthread_mutex_unlock(&arena->lock);
+        heap->idle = true;
+    }
+    (void)pthread_mutex_unlock(&arena->door);
+    if (!attached) {
+        uvas_metadata_give(UVAS_METADATA_HEAP, heap);
+    }
+}
+
+static void end_thread(void *ignored) {
+    (void)ignored;
+    for (uint32_t i = 0; i < mine.count; i++) {
+        if (mine.list[i]) {
+            leave(mine.list[i]);
+        }
+    }
+    free(mine.list);
+    mine.list = NULL;
+    mine.count = 0;
+}
+
+void uvas_heaps_forget(void) {
+    mine.list = NULL; /* the parent's; a page or so is lost to the child */
+    mine.count = 0;
+    uvas_door_asymmetric = uvas_vm_barrier_learn() == 0;
+}
+
+int uvas_heaps_ready(void) {
+    uvas_page_shift = (uint32_t)__builtin_ctzll(uvas_vm_platform.page_size);
+    uvas_door_asymmetric = uvas_vm_barrier_learn() == 0;
+    return -pthread_key_create(&at_thread_end, end_thread);
+}

@@ -1,0 +1,78 @@
+/* metadata.c: memory for the arenas' own bookkeeping. Pieces of one kind, cut from chunks that are never given back; a piece that comes back is used
+ * again as the same kind. One lock, held for a few instructions; the kernel is asked outside it. */
+#include <stddef.h>
+
+#include "arena.h"
+#include "vm.h"
+
+#define CHUNK ((size_t)256 << 10)
+#define LINE 64u
+
+struct piece {
+    struct piece *link;
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct piece *unused[UVAS_METADATA_KINDS]; /* under lock, as are the next two */
+static char *fresh;
+static size_t fresh_bytes;
+
+void uvas_metadata_lock(void) {
+    (void)pthread_mutex_lock(&lock);
+}
+
+void uvas_metadata_unlock(void) {
+    (void)pthread_mutex_unlock(&lock);
+}
+
+size_t uvas_metadata_bytes(enum uvas_metadata_kind kind) {
+    static const size_t plain[] = {[UVAS_METADATA_RUN] = sizeof(struct uvas_run),
+                                   [UVAS_METADATA_HEAP] = sizeof(struct uvas_heap),
+                                   [UVAS_METADATA_ARENA] = sizeof(struct uvas_arena)};
+    size_t words = kind < UVAS_METADATA_SLAB ? 0 : (size_t)1 << (kind - UVAS_METADATA_SLAB);
+    size_t bytes = words ? sizeof(struct uvas_slab) + 2 * words * sizeof(uint64_t) : plain[kind];
+    size_t unit = kind == UVAS_METADATA_RUN ? sizeof(void *) : LINE; /* slabs and heaps do not share cache lines with others' */
+    return (bytes + unit - 1) / unit * unit;
+}
+
+static void *take(enum uvas_metadata_kind kind) { /* under lock */
+    struct piece *piece = unused[kind];
+    if (piece) {
+        unused[kind] = piece->link;
+        return piece;
+    }
+    size_t bytes = uvas_metadata_bytes(kind), skip = kind == UVAS_METADATA_RUN ? 0 : (size_t)(-(uintptr_t)fresh % LINE);
+    if (!fresh || fresh_bytes < skip + bytes) {
+        return NULL;
+    }
+    char *at = fresh + skip;
+    fresh = at + bytes;
+    fresh_bytes -= skip + bytes;
+    return at;
+}
+
+void *uvas_metadata_take(enum uvas_metadata_kind kind, bool may_wait) {
+    uvas_metadata_lock();
+    void *piece = take(kind);
+    uvas_metadata_unlock();
+    while (!piece && may_wait) {
+        char *chunk = uvas_vm_pages(CHUNK);
+        if (!chunk) {
+            return NULL;
+        }
+        uvas_metadata_lock();
+        fresh = chunk; /* what was left of the one before is not worth a list */
+        fresh_bytes = CHUNK;
+        piece = take(kind);
+        uvas_metadata_unlock();
+    }
+    return piece;
+}
+
+void uvas_metadata_give(enum uvas_metadata_kind kind, void *piece) {
+    struct piece *given = piece;
+    uvas_metadata_lock();
+    given->link = unused[kind];
+    unused[kind] = given;
+    uvas_metadata_unlock();
+}

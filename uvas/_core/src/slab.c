@@ -1,0 +1,251 @@
+/* slab.c: small blocks. A slab is a run of pages cut into blocks of one size; which of them are free is a bitmap apart from them, and a word that says
+ * which words of it are not empty. The owner takes the lowest free block.
+ *
+ * Whoever else frees a block sets its bit in a second bitmap, and if nobody has yet (`pending`), pushes the slab onto its owner's stack. The owner
+ * takes the whole stack, resets `pending` of each slab first, and then collects: a bit set after that pushes the slab again, so none is overlooked.
+ * At every moment between a block's being freed and its being handed out again at least one of its two bits is set, which is how a second free of
+ * it is noticed. A slab may end, and its piece of metadata become another slab, while it is still in some stack: whoever takes it off finds that it
+ * is not his, and passes it on.
+ */
+#include <assert.h>
+#include <errno.h>
+
+#include "arena.h"
+
+#define FIRST_DOUBLING 7u /* log2 of 128 */
+#define STEPS 8u          /* a doubling: at most 12.5 % of a block are wasted */
+#define RECIPROCAL_BITS 40 /* offset * (2^40 / size, rounded up) >> 40 is exact: the error is below 2^16 * 2^21 / 2^40 < 1 */
+
+uint32_t uvas_class_of(size_t size) {
+    if (size <= (size_t)1 << FIRST_DOUBLING) {
+        return (uint32_t)(size + 15) / 16 - 1;
+    }
+    uint32_t doubling = 63 - (uint32_t)__builtin_clzll(size - 1);
+    return STEPS * (doubling - FIRST_DOUBLING) + (uint32_t)((size - 1) >> (doubling - 3));
+}
+
+size_t uvas_class_bytes(uint32_t class) {
+    if (class < STEPS) {
+        return 16 * ((size_t)class + 1);
+    }
+    return (size_t)(STEPS + class % STEPS + 1) << (class / STEPS + FIRST_DOUBLING - 4);
+}
+
+static size_t slab_bytes(size_t block_bytes) {
+    size_t bytes = block_bytes <= 1024 ? (size_t)64 << 10 : block_bytes <= 8192 ? (size_t)256 << 10 : (size_t)1 << 20;
+    return bytes > uvas_page() ? bytes : uvas_page();
+}
+
+static enum uvas_metadata_kind kind_for(size_t count) {
+    enum uvas_metadata_kind kind = UVAS_METADATA_SLAB;
+    while (((size_t)64 << (kind - UVAS_METADATA_SLAB)) < count) {
+        kind++;
+    }
+    assert(kind < UVAS_METADATA_KINDS);
+    return kind;
+}
+
+/* ---- lists -------------------------------------------------------------------------------------------------------------------------------- */
+
+void uvas_slab_list(struct uvas_slab **list, struct uvas_slab *slab) {
+    slab->previous = NULL;
+    slab->next = *list;
+    if (slab->next) {
+        slab->next->previous = slab;
+    }
+    *list = slab;
+}
+
+void uvas_slab_unlist(struct uvas_slab **list, struct uvas_slab *slab) {
+    *(slab->previous ? &slab->previous->next : list) = slab->next;
+    if (slab->next) {
+        slab->next->previous = slab->previous;
+    }
+}
+
+/* Behind the first, from which blocks are taken. */
+static void list_second(struct uvas_slab **list, struct uvas_slab *slab) {
+    if (!*list) {
+        uvas_slab_list(list, slab);
+        return;
+    }
+    slab->previous = *list;
+    slab->next = (*list)->next;
+    if (slab->next) {
+        slab->next->previous = slab;
+    }
+    (*list)->next = slab;
+}
+
+/* ---- beginning and end ----------------------------------------------------------------------------------------------------------------------- */
+
+static void lay_out(struct uvas_slab *slab, uint32_t class, size_t bytes, size_t count, bool touched) {
+    size_t block_bytes = uvas_class_bytes(class);
+    slab->class = class;
+    slab->used = slab->high = 0;
+    slab->clean = !touched;
+    atomic_store_explicit(&slab->block_bytes, (uint32_t)block_bytes, memory_order_relaxed);
+    atomic_store_explicit(&slab->count, (uint32_t)count, memory_order_relaxed);
+    atomic_store_explicit(&slab->reciprocal, ((UINT64_C(1) << RECIPROCAL_BITS) + block_bytes - 1) / block_bytes, memory_order_relaxed);
+    assert(bytes / block_bytes >= count && count <= 64 * (size_t)slab->words);
+    slab->summary = 0;
+    for (uint32_t word = 0; word < slab->words; word++) {
+        size_t first = 64 * (size_t)word, free = first >= count ? 0 : count - first < 64 ? count - first : 64;
+        atomic_store_explicit(&uvas_slab_free(slab)[word], free == 64 ? ~UINT64_C(0) : (UINT64_C(1) << free) - 1, memory_order_relaxed);
+        atomic_store_explicit(&uvas_slab_remote(slab)[word], 0, memory_order_relaxed);
+        slab->summary |= (uint64_t)(free > 0) << word;
+    }
+}
+
+int uvas_slab_make(struct uvas_arena *arena, uvas_id id, uint32_t class, enum uvas_effort effort, struct uvas_slab **out) {
+    size_t bytes = slab_bytes(uvas_class_bytes(class)), count = bytes / uvas_class_bytes(class);
+    bool wait = effort != UVAS_EFFORT_NO_WAIT, touched = false;
+    enum uvas_metadata_kind kind = kind_for(count);
+    struct uvas_slab *slab = uvas_metadata_take(kind, wait);
+    if (!slab) {
+        return -EAGAIN;
+    }
+    if (slab->words == 0) { /* its first use: others may know it from the later ones */
+        slab->words = 1u << (kind - UVAS_METADATA_SLAB);
+    }
+    slab->run.spare = uvas_metadata_take(UVAS_METADATA_RUN, wait);
+    struct uvas_request request = {.arena = arena, .id = id, .bytes = bytes, .align = uvas_page(), .effort = effort, .slab = true};
+    struct uvas_run *run = &slab->run;
+    int rc = slab->run.spare ? uvas_pages_take(&request, &run, &touched) : -EAGAIN;
+    if (rc < 0) {
+        if (slab->run.spare) {
+            uvas_metadata_give(UVAS_METADATA_RUN, slab->run.spare);
+        }
+        uvas_metadata_give(kind, slab);
+        return rc;
+    }
+    lay_out(slab, class, bytes, count, touched);
+    (void)pthread_mutex_lock(&arena->lock);
+    uvas_region_mark(run->region, run, UVAS_RUN_SLAB);
+    (void)pthread_mutex_unlock(&arena->lock);
+    *out = slab;
+    return 0;
+}
+
+void uvas_slab_adopt(struct uvas_heap *heap, struct uvas_slab *slab) {
+    atomic_store_explicit(&slab->owner, heap, memory_order_release);
+    slab->listed = true;
+    uvas_slab_list(&heap->bins[slab->class].free, slab);
+    atomic_store_explicit(&slab->run.state, UVAS_RUN_SLAB, memory_order_release);
+}
+
+void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab) {
+    assert(slab->used == 0);
+    struct uvas_run *hole = slab->run.spare;
+    (void)uvas_pages_give(arena, &slab->run, hole);
+    uvas_metadata_give(kind_for(atomic_load_explicit(&slab->count, memory_order_relaxed)), slab);
+}
+
+/* A block of it has come back: it is where blocks are taken from. true: it is empty, and not needed; it is in no list any more. */
+static bool relist(struct uvas_heap *heap, struct uvas_slab *slab) {
+    struct uvas_bin *bin = &heap->bins[slab->class];
+    if (!slab->listed) {
+        uvas_slab_unlist(&bin->full, slab);
+        list_second(&bin->free, slab);
+        slab->listed = true;
+    }
+    if (slab->used == 0 && (bin->free != slab || slab->next)) { /* an empty one is kept only where there is no other */
+        uvas_slab_unlist(&bin->free, slab);
+        return true;
+    }
+    return false;
+}
+
+void uvas_slab_changed(struct uvas_heap *heap, struct uvas_slab *slab) {
+    if (relist(heap, slab)) {
+        (void)pthread_mutex_lock(&heap->arena->lock);
+        uvas_slab_end(heap->arena, slab);
+        (void)pthread_mutex_unlock(&heap->arena->lock);
+    }
+}
+
+/* ---- freed by others --------------------------------------------------------------------------------------------------------------------------- */
+
+void uvas_slab_notify(struct uvas_slab *slab) {
+    /* Sequentially consistent, as is the reset in `collect`: the bit set before and this look are in one order with the reset and the look at bits. */
+    if (atomic_load(&slab->pending) || atomic_exchange(&slab->pending, 1)) {
+        return; /* whoever takes it off its stack will see the bit */
+    }
+    struct uvas_heap *owner = atomic_load_explicit(&slab->owner, memory_order_acquire);
+    struct uvas_slab *top = atomic_load_explicit(&owner->pending, memory_order_relaxed);
+    do {
+        slab->pending_next = top;
+    } while (!atomic_compare_exchange_weak_explicit(&owner->pending, &top, slab, memory_order_release, memory_order_relaxed));
+}
+
+/* Takes in the bits of others. true: as relist. */
+static bool collect(struct uvas_heap *heap, struct uvas_slab *slab) {
+    bool any = false;
+    for (uint32_t word = 0; word < slab->words; word++) {
+        uint64_t bits = atomic_load(&uvas_slab_remote(slab)[word]);
+        if (!bits) {
+            continue;
+        }
+        uint64_t free = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed), fresh = bits & ~free;
+        heap->late_frees += (uint64_t)__builtin_popcountll(bits & free);
+        atomic_store_explicit(&uvas_slab_free(slab)[word], free | bits, memory_order_relaxed);
+        (void)atomic_fetch_and(&uvas_slab_remote(slab)[word], ~bits); /* after the free bits are there: see above */
+        slab->used -= (uint32_t)__builtin_popcountll(fresh);
+        slab->summary |= UINT64_C(1) << word;
+        any = true;
+    }
+    return any && relist(heap, slab);
+}
+
+static bool freed_by_others(struct uvas_slab *slab) {
+    for (uint32_t word = 0; word < slab->words; word++) {
+        if (atomic_load(&uvas_slab_remote(slab)[word])) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void collect_all(struct uvas_heap *heap, bool locked) {
+    struct uvas_slab *slab = atomic_exchange_explicit(&heap->pending, NULL, memory_order_acquire), *next;
+    for (; slab; slab = next) {
+        next = slab->pending_next;
+        (void)atomic_exchange(&slab->pending, 0);
+        if (uvas_run_state(&slab->run) != UVAS_RUN_SLAB) {
+            continue;
+        }
+        if (atomic_load_explicit(&slab->owner, memory_order_acquire) == heap) {
+            if (collect(heap, slab)) {
+                if (!locked) {
+                    (void)pthread_mutex_lock(&heap->arena->lock);
+                }
+                uvas_slab_end(heap->arena, slab);
+                if (!locked) {
+                    (void)pthread_mutex_unlock(&heap->arena->lock);
+                }
+            }
+        } else if (freed_by_others(slab)) {
+            uvas_slab_notify(slab);
+        }
+    }
+}
+
+void uvas_heap_collect(struct uvas_heap *heap) {
+    collect_all(heap, false);
+}
+
+void uvas_heap_gather(struct uvas_heap *heap) {
+    collect_all(heap, true);
+}
+
+bool uvas_slab_find_orphan(struct uvas_heap *heap, uint32_t class) {
+    struct uvas_heap *orphans = &heap->arena->orphans;
+    uvas_heap_gather(orphans);
+    struct uvas_slab *slab = orphans->bins[class].free;
+    if (!slab) {
+        return false;
+    }
+    uvas_slab_unlist(&orphans->bins[class].free, slab);
+    uvas_slab_adopt(heap, slab);
+    return true;
+}
