@@ -1,4 +1,4 @@
-"""The README's table of allocating and its pictures, made from ``results/alloc.json``.
+"""The README's table of allocating and its pictures, made from ``results/alloc.json`` and ``alloc_python.json``.
 
 python benchmarks/report_alloc.py      rewrites what stands between the table's markers, and results/alloc*.svg
 """
@@ -45,10 +45,10 @@ def best_peer(content: dict[str, Any], of: dict[str, float]) -> str | None:
 
 
 def lines(content: dict[str, Any]) -> list[str]:
-    """Return the table in Markdown: for each workload uvas, the best peer of that workload, and the ratio."""
+    """Return the lines of the table, in Markdown: for each workload uvas, the best peer of that workload, and the ratio."""
     found = medians(content)
     ratios = {(one["workload"], one["measure"], one["peer"]): one for one in content["ratios"]}
-    table = ["| what | uvas | best peer | it takes | ratio (quartiles) |", "|---|---|---|---|---|"]
+    table = []
     for (workload, measure), of in found.items():
         if measure not in ("ns", *MEMORY) or OURS not in of:
             continue
@@ -73,15 +73,18 @@ def _value(value: float, measure: str) -> str:
     return f"{value:.3g} ns"
 
 
-def rewrite(content: dict[str, Any]) -> None:
+def rewrite(contents: Sequence[dict[str, Any]]) -> None:
     """Put the table between its markers in the README, if they are there."""
     before, marker, rest = README.read_text().partition(BEGIN)
     if not marker:
         return
-    machine = content["machine"]
-    head = f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}:"
+    machine = contents[0]["machine"]
+    table = [f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}:", ""]
+    table += ["| what | uvas | best peer | it takes | ratio (quartiles) |", "|---|---|---|---|---|"]
+    for content in contents:
+        table += lines(content)
     _, _, after = rest.partition(END)
-    README.write_text(before + BEGIN + "\n".join([head, "", *lines(content)]) + "\n" + END + after)
+    README.write_text(before + BEGIN + "\n".join(table) + "\n" + END + after)
 
 
 # ---- the pictures ----------------------------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ def main() -> None:
     """Rewrite table and pictures."""
     mpl.rcParams["svg.hashsalt"] = "uvas"  # the same picture from the same numbers
     content = load("alloc")
-    rewrite(content)
+    rewrite([load(name) for name in ("alloc", "alloc_python") if (RESULTS / f"{name}.json").exists()])
     draw_times(content)
     draw_memory(content)
 

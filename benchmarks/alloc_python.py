@@ -1,0 +1,193 @@
+"""Allocating from Python, and NumPy with its memory from an arena.
+
+python benchmarks/alloc_python.py [--quick]      targets A7, A8; writes results/alloc_python.json
+
+A Python allocator is a file under ``benchmarks/allocators/`` with a class ``Allocator``: `PythonAllocator`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+from adapters import ALLOCATORS
+from alloc import Rounds, ratios, summary
+from harness import Sample, rows_of, write
+
+import uvas
+
+MIB = 1 << 20
+
+
+class PythonAllocator(Protocol):
+    """What a Python allocator gives; its loops are its own, so that nothing of ours is in what is timed."""
+
+    name: str
+    get: str
+
+    def alloc(self, size: int) -> Any:
+        """Return a block."""
+
+    def address(self, block: Any) -> int:
+        """Return where it lies."""
+
+    def free(self, block: Any) -> None:
+        """Take it back."""
+
+    def pairs(self, size: int, count: int) -> None:
+        """Allocate and free, `count` times."""
+
+    def many(self, sizes: list[int]) -> None:
+        """Allocate all at once, and free them."""
+
+
+def python_allocators() -> tuple[list[PythonAllocator], dict[str, str]]:
+    """Return those that can be had, and why the others cannot."""
+    running: list[PythonAllocator] = []
+    missing = {}
+    for path in sorted(ALLOCATORS.glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"allocators_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+            running.append(module.Allocator())
+        except (ImportError, AttributeError, OSError, StopIteration) as why:
+            missing[path.stem] = f"{type(why).__name__}: {why}"
+    return running, missing
+
+
+def check(one: PythonAllocator) -> None:
+    """Raise unless its blocks are disjoint."""
+    sizes = [16 + 24 * i for i in range(500)]
+    blocks = [one.alloc(size) for size in sizes]
+    spans = sorted((one.address(block), size) for block, size in zip(blocks, sizes, strict=True))
+    for (base, size), (above, _) in pairwise(spans):
+        if base + size > above:
+            raise AssertionError(f"{one.name}: {base:#x} + {size} reaches into {above:#x}")
+    for block in blocks:
+        one.free(block)
+
+
+# ---- what is timed ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def busy_thread() -> Iterator[None]:
+    """Have another thread run Python all the time."""
+    stop = threading.Event()
+
+    def burn() -> None:
+        count = 0
+        while not stop.is_set():
+            count += 1
+
+    thread = threading.Thread(target=burn)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _time(into: Rounds, label: str, what: str, count: int, work: Callable[[], object]) -> None:
+    began = time.perf_counter_ns()
+    work()
+    into.setdefault((label, what), []).append({"ns": (time.perf_counter_ns() - began) / count})
+
+
+def _empties(empty: Callable[[tuple[int]], Any], count: int) -> None:
+    for _ in range(count):
+        empty((1024,))
+
+
+def a8(into: Rounds, running: list[PythonAllocator], rounds: int, count: int) -> None:
+    """Time one at a time, many at once, arrays, and one at a time beside a thread that will not let go of the GIL."""
+    sizes = [64] * 1_000
+    for _ in range(rounds):
+        for size, about in ((64, "64 B"), (8192, "8 KiB")):
+            for one in running:
+                _time(into, f"A8 alloc + free, {about}", one.name, count, lambda: one.pairs(size, count))  # noqa: B023
+        for one in running:
+            _time(into, "A8 1,000 at once, 64 B, each", one.name, 1_000, lambda: one.many(sizes))  # noqa: B023
+        _time(into, "A8 empty((1024,))", "np.empty", count, lambda: _empties(np.empty, count))
+        if hasattr(uvas, "empty"):
+            _time(into, "A8 empty((1024,))", "uvas", count, lambda: _empties(uvas.empty, count))
+        with busy_thread():
+            for one in running:
+                label = "A8 alloc + free, 64 B, beside a busy thread"
+                _time(into, label, one.name, 5 * count, lambda: one.pairs(64, 5 * count))  # noqa: B023
+
+
+def _plus(a: Any, b: Any, times: int) -> None:
+    for _ in range(times):
+        a + b
+
+
+def _twice_plus_one(a: Any, times: int) -> None:
+    for _ in range(times):
+        2 * a + 1
+
+
+def a7(into: Rounds, rounds: int, count: int) -> None:
+    """Time NumPy as it is and with its memory from an arena."""
+    handlers: dict[str, Callable[[], AbstractContextManager[Any]]] = {"NumPy's default": contextlib.nullcontext}
+    if hasattr(uvas, "numpy_allocator"):
+        handlers["uvas"] = uvas.numpy_allocator
+    for mib in (0, 0.25, 1, 4, 16, 64, 256):
+        a = np.arange(max(int(mib * MIB) // 8, 1024), dtype=np.float64)
+        b = a[::-1].copy()
+        times = max(1, int(64 / mib)) if mib else count
+        for turn in range(rounds + 1):
+            for what, handler in handlers.items():
+                with handler():
+                    if not turn:  # warm, and right
+                        if not ((a + b) == a[-1]).all() or (2 * a + 1)[-1] != 2 * a[-1] + 1:
+                            raise AssertionError(f"{what}: NumPy does not add")
+                    elif not mib:
+                        _time(into, "A7 np.empty(1024)", what, count, lambda: _empties(np.empty, count))
+                    else:
+                        _time(into, f"A7 a + b, {mib} MiB", what, times, lambda: _plus(a, b, times))  # noqa: B023
+                        _time(into, f"A7 2 * a + 1, {mib} MiB", what, times, lambda: _twice_plus_one(a, times))  # noqa: B023
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    rounds = 5 if parser.parse_args().quick else 11
+    running, missing = python_allocators()
+    for name, why in missing.items():
+        print(f"without {name}: {why}", file=sys.stderr)
+    for one in running:
+        check(one)
+    load, measured = os.getloadavg(), Rounds()
+    a8(measured, running, rounds, 20_000)
+    a7(measured, rounds, 20_000)
+    samples = [Sample(label, what, 1, one["ns"]) for (label, what), all in measured.items() for one in all]
+    write(
+        "alloc_python",
+        rows_of(samples),
+        load_before=load,
+        bounds=[],
+        missing=missing,
+        measures=[asdict(one) for one in summary(measured)],
+        ratios=[asdict(one) for one in ratios(measured)],
+    )
+
+
+if __name__ == "__main__":
+    main()
