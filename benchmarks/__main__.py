@@ -1,4 +1,4 @@
-"""All benchmarks, then the report: ``python benchmarks [--quick]``, an hour; --quick: a quarter of it."""
+"""All benchmarks, then the report: ``python benchmarks [--quick]``, tens of minutes; --quick: less."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def best_peer(content: dict[str, Any], of: dict[str, float]) -> str | None:
 
 
 def lines(content: dict[str, Any]) -> list[str]:
-    """Return the lines of the table, in Markdown: for each workload uvas, the best peer of that workload, and the ratio."""
+    """Return lines of Markdown: for each workload uvas, the best peer of that workload, and the ratio."""
     found = medians(content)
     ratios = {(one["workload"], one["measure"], one["peer"]): one for one in content["ratios"]}
     table = []
