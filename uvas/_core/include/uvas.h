@@ -320,7 +320,7 @@ struct uvas_arena_options {
     uint32_t node;       /* with UVAS_ARENA_BIND */
     size_t growth;       /* bytes of addresses taken from the space at once; 0: UVAS_ARENA_GROWTH, or less where that much is not to be had */
     size_t limit;        /* bytes that large blocks and slabs take, at most, rounded down to pages; 0: no limit */
-    uint64_t idle_ns;    /* memory that nothing has used for so long is given back by whoever next comes by; 0: one second; UINT64_MAX: never */
+    uint64_t idle_ns;    /* memory that nothing has used for so long is given back by a thread that takes or returns pages; 0: one second; UINT64_MAX: never */
     /* Asked, with no lock held, before a call fails with -ENOMEM, -ENOSPC or -EDQUOT: it may free blocks, and answers 1 to have the call tried
      * once more. NULL: nobody is asked. */
     int (*exhausted)(void *context, size_t size);
@@ -358,11 +358,11 @@ UVAS_API int uvas_arena_open(const struct uvas_arena_options *options, uvas_id *
 UVAS_API int uvas_arena_close(uvas_id arena);
 
 /* A block of at least `size` > 0 bytes, aligned to `align` (a power of two up to 1 GiB; 0: 16 bytes). Contents are undefined; zeroed by the second.
- * -ENOMEM: the limit is reached (failure: size, value = limit, text) or the host has no memory; -ENOSPC: no hole is large enough and the arena may
- * not grow. Tens of instructions where the thread has a slab; otherwise O(log n) in the number of holes. */
+ * -ENOMEM: the limit is reached (failure: size, value = limit, other_size = the largest hole, text) or the host has no memory; -ENOSPC: no hole is
+ * large enough and the arena may not grow; -EINVAL: also a size beyond all addresses. Tens of instructions where the thread has a slab; otherwise O(log n) in the number of holes. */
 UVAS_API int uvas_alloc(uvas_id arena, size_t size, size_t align, uintptr_t *out);
 UVAS_API int uvas_alloc_zeroed(uvas_id arena, size_t size, size_t align, uintptr_t *out);
-/* All of them or none; *out has room for `count` addresses. */
+/* All of them or none; *out has room for `count` addresses, and holds none that means anything if it fails. */
 UVAS_API int uvas_alloc_many(uvas_id arena, const size_t *sizes, size_t count, uintptr_t *out);
 /* Only if it takes no system call, no callback and no wait for a lock that is held over either: -EAGAIN otherwise, which is no failure and
  * changes nothing. For callers that hold a lock of their own (Python's). */

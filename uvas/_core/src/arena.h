@@ -199,6 +199,10 @@ struct uvas_heap {
     _Atomic uint32_t shut;
     _Atomic uvas_id arena_id; /* 0: of no arena now. Changed by the owner, or with the door shut */
     struct uvas_arena *arena;
+    /* Where the last block that this thread freed lay: base, bytes and map of that region. The owner's */
+    uintptr_t near_base;
+    size_t near_bytes;
+    _Atomic(struct uvas_run *) *near_map;
     uint32_t hardened; /* GUARD and POISON of the arena's flags */
     _Atomic(struct uvas_slab *) pending; /* slabs in which others freed blocks: pushed by anyone, taken whole by the owner */
     struct uvas_heap *next, *previous;   /* in the arena's list; under its door, as is the next */
@@ -206,6 +210,7 @@ struct uvas_heap {
     uint64_t large_blocks, large_bytes;  /* allocated, ever */
     uint64_t late_frees;
     size_t kept_bytes;
+    uint32_t visits; /* of slower ways */
     uint32_t kept_next; /* where the next kept run goes */
     struct uvas_run *kept[UVAS_KEPT_RUNS];
     struct uvas_bin bins[UVAS_CLASSES];
@@ -241,12 +246,13 @@ struct uvas_arena {
 enum uvas_effort {
     UVAS_EFFORT_NO_WAIT, /* no system call, no wait: -EAGAIN instead, and nothing is said */
     UVAS_EFFORT_MODEST,  /* the arena may grow and commit; nobody is disturbed */
-    UVAS_EFFORT_FULL,    /* everything that threads keep is called in, idle memory is given back, the caller's `exhausted` is asked */
+    UVAS_EFFORT_FULL,    /* everything that threads keep is called in, idle memory is given back */
 };
 
 struct uvas_request { /* of whole pages */
     struct uvas_arena *arena;
     uvas_id id; /* the arena's, for which it was looked up */
+    size_t asked; /* what the caller of the caller wanted, for messages */
     size_t bytes, align;
     enum uvas_effort effort;
     bool zero; /* its bytes are to be zero */
@@ -264,6 +270,7 @@ bool uvas_pages_give(struct uvas_arena *arena, struct uvas_run *run, struct uvas
 int uvas_pages_resize(struct uvas_arena *arena, struct uvas_run *run, size_t bytes);
 /* Gives back the memory of free spans, of holes that have been idle since `until` or longer only. Outside; waits. Returns bytes. */
 uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most);
+bool uvas_pages_idle(const struct uvas_arena *arena); /* some hole has been idle for long. Under lock */
 uint64_t uvas_pages_now(void); /* ns, of a coarse clock */
 void uvas_pages_collect(struct uvas_arena *arena); /* all that threads keep is the arena's again. Outside; shuts the doors */
 /* The next committed stretch of a region from *at on (0: from its start): [*at, *until). By anyone. */
@@ -279,9 +286,9 @@ static inline size_t uvas_page(void) {
 
 /* -- heap.c -- */
 
-/* The calling thread's heap in an arena, made at its first use; NULL: the arena is dead, or there is no memory, and it is said. */
-struct uvas_heap *uvas_heap_of(uvas_id arena, bool may_wait);
-struct uvas_heap *uvas_heap_known(uvas_id arena); /* the same, if it has been made; else NULL */
+/* The calling thread's heap in an arena, made at its first use; NULL with *rc: the arena is dead, which is said; there is no memory, which is said if
+ * it may wait; -EAGAIN. */
+struct uvas_heap *uvas_heap_of(uvas_id arena, bool may_wait, int *rc);
 void uvas_heap_wait_at_door(struct uvas_heap *heap);
 void uvas_doors_shut(struct uvas_arena *arena); /* every thread is outside, and stays there */
 void uvas_doors_open(struct uvas_arena *arena);
@@ -289,6 +296,21 @@ void uvas_heap_empty(struct uvas_heap *heap); /* all that it keeps goes to the a
 void uvas_heap_count(struct uvas_heap *heap);  /* its counters go to the arena. Likewise */
 void uvas_heaps_forget(void); /* the child of a fork: the calling thread has no heaps */
 int uvas_heaps_ready(void);
+
+/* The calling thread's heaps, by the index in their arena's id; NULL: none. In the TLS block that is there from the start (a few bytes), as it is on the
+ * way of every call. */
+extern _Thread_local struct uvas_thread {
+    struct uvas_heap **list;
+    uint32_t count;
+} uvas_thread __attribute__((tls_model("initial-exec")));
+
+#define UVAS_ARENA_INDEX 0xffffffu /* of an id: slots.h */
+
+/* The heap in the arena with this id, or one that the thread had in an earlier arena: its arena_id tells. NULL: none has been made. */
+static inline struct uvas_heap *uvas_heap_listed(uvas_id arena) {
+    uint32_t index = (uint32_t)arena & UVAS_ARENA_INDEX;
+    return __builtin_expect(index < uvas_thread.count, 1) ? uvas_thread.list[index] : NULL;
+}
 
 extern bool uvas_door_asymmetric; /* written once: membarrier makes the owner's barrier unnecessary */
 
@@ -313,8 +335,19 @@ static inline void uvas_heap_leave(struct uvas_heap *heap) {
 
 /* -- slab.c: inside, or with the doors shut -- */
 
+#define UVAS_CLASS_DOUBLING 7u /* log2 of 128: from there on, */
+#define UVAS_CLASS_STEPS 8u    /* a doubling: at most 12.5 % of a block are wasted */
+
 size_t uvas_class_bytes(uint32_t class);
-uint32_t uvas_class_of(size_t size); /* 1 <= size <= UVAS_SMALL_MAX */
+
+static inline uint32_t uvas_class_of(size_t size) { /* 1 <= size <= UVAS_SMALL_MAX */
+    if (size <= (size_t)1 << UVAS_CLASS_DOUBLING) {
+        return (uint32_t)(size - 1) / 16;
+    }
+    uint32_t doubling = 63 - (uint32_t)__builtin_clzll(size - 1);
+    return UVAS_CLASS_STEPS * (doubling - UVAS_CLASS_DOUBLING) + (uint32_t)((size - 1) >> (doubling - 3));
+}
+
 /* A slab for a class, empty, nobody's yet (its run is BUSY); as uvas_pages_take. Outside. */
 int uvas_slab_make(struct uvas_arena *arena, uvas_id id, uint32_t class, enum uvas_effort effort, struct uvas_slab **out);
 void uvas_slab_adopt(struct uvas_heap *heap, struct uvas_slab *slab);
@@ -323,8 +356,8 @@ void uvas_heap_collect(struct uvas_heap *heap);
 void uvas_heap_gather(struct uvas_heap *heap);
 /* An orphan with a free block of the class, now the heap's; false: there is none. Under lock. */
 bool uvas_slab_find_orphan(struct uvas_heap *heap, uint32_t class);
-/* After `used` of a listed slab fell to 0, or a full one got a free block. */
-void uvas_slab_changed(struct uvas_heap *heap, struct uvas_slab *slab);
+/* After `used` of a slab fell to 0, or a full one got a free block. */
+__attribute__((noinline)) void uvas_slab_changed(struct uvas_heap *heap, struct uvas_slab *slab);
 void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab); /* empty, in no list: its pages become a hole. Under lock */
 void uvas_slab_list(struct uvas_slab **list, struct uvas_slab *slab);
 void uvas_slab_unlist(struct uvas_slab **list, struct uvas_slab *slab);

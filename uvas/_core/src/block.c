@@ -15,8 +15,11 @@
 #define RECIPROCAL_BITS 40 /* slab.c */
 #define POISON 0xdf
 #define ALIGN_LEAST ((size_t)16)
+#define VISITS 16u /* one in so many reads the clock */
 
 #define LIKELY(condition) __builtin_expect(!!(condition), 1)
+#define QUICK static inline __attribute__((always_inline))
+#define SLOW __attribute__((noinline)) /* kept out of the short ways, which then need no stack */
 
 struct ask { /* what a caller wants */
     uvas_id id;
@@ -37,7 +40,7 @@ struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t 
     return NULL;
 }
 
-static inline size_t index_in(const struct uvas_slab *slab, size_t offset) {
+QUICK size_t index_in(const struct uvas_slab *slab, size_t offset) {
     return (size_t)(offset * atomic_load_explicit(&slab->reciprocal, memory_order_relaxed) >> RECIPROCAL_BITS);
 }
 
@@ -88,7 +91,7 @@ int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out) {
     return 0;
 }
 
-static int not_live(uintptr_t address) {
+SLOW static int not_live(uintptr_t address) {
     return uvas_fail_invalid("0x%lx is not the base of a live block of this arena: it was freed already, or never allocated there", address);
 }
 
@@ -113,17 +116,15 @@ int uvas_allocation_size(uvas_id id, uintptr_t address, size_t *out) {
 
 /* ---- small blocks: inside ------------------------------------------------------------------------------------------------------------------------- */
 
-/* The lowest free block. *fresh: it was never handed out, and is zero. */
-static inline uintptr_t take(struct uvas_bin *bin, struct uvas_slab *slab, bool *fresh) {
+/* The lowest free block of a slab that has one. */
+QUICK uintptr_t take(struct uvas_bin *bin, struct uvas_slab *slab) {
     uint32_t word = (uint32_t)__builtin_ctzll(slab->summary);
-    uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed);
+    uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed), rest = bits & (bits - 1);
     uint32_t index = 64 * word + (uint32_t)__builtin_ctzll(bits);
-    bits &= bits - 1;
-    atomic_store_explicit(&uvas_slab_free(slab)[word], bits, memory_order_relaxed);
-    slab->summary ^= (uint64_t)(bits == 0) << word;
+    atomic_store_explicit(&uvas_slab_free(slab)[word], rest, memory_order_relaxed);
+    slab->summary ^= (uint64_t)(rest == 0) << word;
     slab->used++;
     bin->allocated++;
-    *fresh = slab->clean && index >= slab->high;
     slab->high = index >= slab->high ? index + 1 : slab->high;
     return uvas_run_base(&slab->run) + (uintptr_t)index * atomic_load_explicit(&slab->block_bytes, memory_order_relaxed);
 }
@@ -161,6 +162,24 @@ static int go_in(struct uvas_heap *heap, uvas_id id, bool wait) {
         return wait ? uvas_fail_released("arena", id) : -EAGAIN;
     }
     return 0;
+}
+
+/* ---- idle memory: whoever comes by on a slower way looks, now and then ------------------------------------------------------------------------------- */
+
+/* Inside. true: somebody should trim. */
+static bool comes_by(struct uvas_heap *heap) {
+    if (++heap->visits % VISITS) {
+        return false;
+    }
+    (void)pthread_mutex_lock(&heap->arena->lock);
+    bool idle = uvas_pages_idle(heap->arena);
+    (void)pthread_mutex_unlock(&heap->arena->lock);
+    return idle;
+}
+
+/* Outside. */
+static void trim_idle(struct uvas_arena *arena) {
+    (void)uvas_pages_trim(arena, uvas_pages_now() - arena->idle_ns, 1);
 }
 
 /* ---- large blocks ---------------------------------------------------------------------------------------------------------------------------------- */
@@ -208,7 +227,7 @@ static bool keep(struct uvas_heap *heap, struct uvas_run *run) {
             *slot = run;
             heap->kept_bytes += bytes;
             heap->kept_next = (heap->kept_next + 1) % UVAS_KEPT_RUNS;
-            return idle;
+            return comes_by(heap) || idle;
         }
         heap->kept_next = (heap->kept_next + 1) % UVAS_KEPT_RUNS;
     }
@@ -238,7 +257,7 @@ static int take_run(struct uvas_heap *heap, const struct ask *ask, size_t bytes,
     if (!run) {
         return ask->wait ? uvas_fail_memory(0, sizeof *run, "the host") : -EAGAIN;
     }
-    struct uvas_request request = {.arena = arena, .id = ask->id, .bytes = bytes, .zero = ask->zero,
+    struct uvas_request request = {.arena = arena, .id = ask->id, .asked = ask->size, .bytes = bytes, .zero = ask->zero,
                                    .align = ask->align > uvas_page() ? ask->align : uvas_page(),
                                    .effort = ask->wait ? UVAS_EFFORT_FULL : UVAS_EFFORT_NO_WAIT};
     int rc = uvas_pages_take(&request, &run, &touched);
@@ -305,20 +324,24 @@ static int add_slab(struct uvas_heap *heap, const struct ask *ask, uint32_t clas
     return rc;
 }
 
-/* Where there is no room for a slab: what threads keep is called in, then the block is a run of its own, then the first again, as the caller's
- * `exhausted` may have freed blocks in slabs. */
+/* Where there is no room for a slab: what threads keep is called in, which may bring a slab with a free block; then the block is a run of its own. */
 static int alloc_small(struct uvas_heap *heap, const struct ask *ask, uint32_t class, uintptr_t *out) {
-    for (uint32_t tries = 0;;) {
-        bool fresh;
+    for (bool collected = false;;) {
         int rc = go_in(heap, ask->id, ask->wait);
         if (rc < 0) {
             return rc;
         }
         struct uvas_slab *slab = refill(heap, class);
         if (slab) {
-            *out = take(&heap->bins[class], slab, &fresh);
+            uint32_t high = slab->high;
             size_t bytes = uvas_class_bytes(class);
+            *out = take(&heap->bins[class], slab);
+            bool fresh = slab->clean && slab->high > high; /* never handed out before, so zero */
+            bool idle = ask->wait && comes_by(heap);
             uvas_heap_leave(heap);
+            if (idle) {
+                trim_idle(heap->arena);
+            }
             if (ask->zero && !fresh) {
                 memset((void *)*out, 0, bytes);
             }
@@ -332,15 +355,11 @@ static int alloc_small(struct uvas_heap *heap, const struct ask *ask, uint32_t c
         if (!ask->wait || rc == -ESTALE) {
             return rc == -ESTALE ? rc : -EAGAIN;
         }
-        if (tries == 0) {
-            uvas_pages_collect(heap->arena);
-        } else {
-            rc = alloc_large(heap, ask, out);
-            if (rc == 0 || tries == 2) {
-                return rc;
-            }
+        if (collected) {
+            return alloc_large(heap, ask, out);
         }
-        tries++;
+        uvas_pages_collect(heap->arena);
+        collected = true;
     }
 }
 
@@ -356,57 +375,69 @@ static uint32_t class_for(size_t size, size_t align) {
     return class;
 }
 
-static int alloc_any(const struct ask *asked, uintptr_t *out) {
-    struct ask ask = *asked;
-    ask.align = ask.align > ALIGN_LEAST ? ask.align : ALIGN_LEAST;
-    if (ask.size == 0 || (ask.align & (ask.align - 1)) || ask.align > UVAS_ALIGN_MAX) {
-        return uvas_fail_invalid("%zu bytes aligned to 0x%zx: a block has at least 1 byte, alignments are powers of two up to 0x%zx", ask.size,
-                                 ask.align, UVAS_ALIGN_MAX);
+static int try_alloc(struct uvas_heap *heap, const struct ask *ask, uintptr_t *out) {
+    uint32_t class = class_for(ask->size, ask->align);
+    return class < UVAS_CLASSES ? alloc_small(heap, ask, class, out) : alloc_large(heap, ask, out);
+}
+
+/* How uvas_alloc and its kin differ. */
+enum { ZERO = 1, NO_WAIT = 2 };
+
+SLOW static int alloc_any(uvas_id id, size_t size, size_t align, unsigned how, uintptr_t *out) {
+    struct ask ask = {.id = id, .size = size, .align = align > ALIGN_LEAST ? align : ALIGN_LEAST, .zero = how & ZERO, .wait = !(how & NO_WAIT)};
+    if (size == 0 || (align & (align - 1)) || align > UVAS_ALIGN_MAX) {
+        return uvas_fail_invalid("%zu bytes aligned to 0x%zx: a block has at least 1 byte, alignments are powers of two up to 0x%zx", size, align,
+                                 UVAS_ALIGN_MAX);
     }
-    struct uvas_heap *heap = uvas_heap_of(ask.id, ask.wait);
+    int rc;
+    struct uvas_heap *heap = uvas_heap_of(id, ask.wait, &rc);
     if (!heap) {
-        return ask.wait ? uvas_last_failure()->code : -EAGAIN;
+        return rc;
     }
     if (ask.zero && (heap->arena->flags & UVAS_ARENA_BARE)) {
         return uvas_fail_invalid("an arena of bare addresses has no bytes to zero");
     }
-    uint32_t class = class_for(ask.size, ask.align);
-    return class < UVAS_CLASSES ? alloc_small(heap, &ask, class, out) : alloc_large(heap, &ask, out);
+    rc = try_alloc(heap, &ask, out);
+    if ((rc == -ENOMEM || rc == -ENOSPC || rc == -EDQUOT) && heap->arena->exhausted) {
+        struct uvas_failure said = *uvas_last_failure();
+        if (heap->arena->exhausted(heap->arena->context, size) == 1) {
+            return try_alloc(heap, &ask, out);
+        }
+        *uvas_fail(said.kind, said.code) = said;
+    }
+    return rc;
 }
 
-static inline int alloc(uvas_id id, size_t size, size_t align, bool zero, bool wait, uintptr_t *out) {
-    struct uvas_heap *heap = uvas_heap_known(id);
-    if (LIKELY(heap && size - 1 < UVAS_SMALL_MAX && align <= ALIGN_LEAST && !(align & (align - 1)) && uvas_heap_enter(heap))) {
-        uint32_t class = uvas_class_of(size);
-        struct uvas_bin *bin = &heap->bins[class];
+QUICK int alloc(uvas_id id, size_t size, size_t align, unsigned how, uintptr_t *out) {
+    struct uvas_heap *heap = uvas_heap_listed(id);
+    if (LIKELY(heap && size - 1 < UVAS_SMALL_MAX && (align == 0 || align == ALIGN_LEAST) && uvas_heap_enter(heap))) {
+        struct uvas_bin *bin = &heap->bins[uvas_class_of(size)];
         struct uvas_slab *slab = bin->free;
-        if (LIKELY(atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id && slab && slab->summary && !zero)) {
-            bool fresh;
-            *out = take(bin, slab, &fresh);
+        if (LIKELY(slab && slab->summary && !(how & ZERO) && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id)) {
+            *out = take(bin, slab);
             uvas_heap_leave(heap);
             return 0;
         }
         uvas_heap_leave(heap);
     }
-    struct ask ask = {.id = id, .size = size, .align = align, .zero = zero, .wait = wait};
-    return alloc_any(&ask, out);
+    return alloc_any(id, size, align, how, out);
 }
 
 int uvas_alloc(uvas_id arena, size_t size, size_t align, uintptr_t *out) {
-    return alloc(arena, size, align, false, true, out);
+    return alloc(arena, size, align, 0, out);
 }
 
 int uvas_alloc_zeroed(uvas_id arena, size_t size, size_t align, uintptr_t *out) {
-    return alloc(arena, size, align, true, true, out);
+    return alloc(arena, size, align, ZERO, out);
 }
 
 int uvas_alloc_try(uvas_id arena, size_t size, size_t align, uintptr_t *out) {
-    return alloc(arena, size, align, false, false, out);
+    return alloc(arena, size, align, NO_WAIT, out);
 }
 
 int uvas_alloc_many(uvas_id arena, const size_t *sizes, size_t count, uintptr_t *out) {
     for (size_t i = 0; i < count; i++) {
-        int rc = alloc(arena, sizes[i], 0, false, true, &out[i]);
+        int rc = alloc(arena, sizes[i], 0, 0, &out[i]);
         if (rc < 0) {
             struct uvas_failure said = *uvas_last_failure();
             while (i-- > 0) {
@@ -424,7 +455,7 @@ int uvas_alloc_many(uvas_id arena, const size_t *sizes, size_t count, uintptr_t 
 enum { GIVE_IDLE = 1, WANTS_OUTSIDE = 2 }; /* answers of free_inside that are no failures */
 
 /* By a thread that does not own the slab. */
-static int free_remote(struct uvas_slab *slab, size_t index) {
+SLOW static int free_remote(struct uvas_slab *slab, size_t index) {
     uint64_t bit = UINT64_C(1) << index % 64;
     _Atomic uint64_t *remote = &uvas_slab_remote(slab)[index / 64], *free = &uvas_slab_free(slab)[index / 64];
     if (atomic_load_explicit(free, memory_order_acquire) & bit || atomic_fetch_or(remote, bit) & bit) {
@@ -438,7 +469,7 @@ static int free_remote(struct uvas_slab *slab, size_t index) {
     return 0;
 }
 
-static inline int free_small(struct uvas_heap *heap, struct uvas_slab *slab, size_t offset) {
+QUICK int free_small(struct uvas_heap *heap, struct uvas_slab *slab, size_t offset) {
     size_t index = index_in(slab, offset);
     if (index * atomic_load_explicit(&slab->block_bytes, memory_order_relaxed) != offset ||
         index >= atomic_load_explicit(&slab->count, memory_order_relaxed)) {
@@ -453,13 +484,14 @@ static inline int free_small(struct uvas_heap *heap, struct uvas_slab *slab, siz
     }
     atomic_store_explicit(&uvas_slab_free(slab)[word], bits | bit, memory_order_release);
     slab->summary |= UINT64_C(1) << word;
-    if (!LIKELY(--slab->used != 0 && slab->listed)) {
+    if (!LIKELY(slab->listed && (--slab->used != 0 || (!slab->next && !slab->previous)))) {
+        slab->used -= !slab->listed;
         uvas_slab_changed(heap, slab);
     }
     return 0;
 }
 
-static int free_large(struct uvas_heap *heap, struct uvas_run *run) {
+SLOW static int free_large(struct uvas_heap *heap, struct uvas_run *run) {
     uint32_t live = UVAS_RUN_LARGE;
     bool guarded = atomic_load_explicit(&run->guard, memory_order_relaxed) != 0;
     if (!atomic_compare_exchange_strong(&run->state, &live, guarded ? UVAS_RUN_BUSY : UVAS_RUN_KEPT)) {
@@ -468,27 +500,40 @@ static int free_large(struct uvas_heap *heap, struct uvas_run *run) {
     return guarded ? WANTS_OUTSIDE : keep(heap, run) ? GIVE_IDLE : 0;
 }
 
-/* 0, GIVE_IDLE, WANTS_OUTSIDE with *found, or -EINVAL. */
-static inline int free_inside(struct uvas_heap *heap, uintptr_t address, struct uvas_run **found) {
-    struct uvas_region *region = atomic_load_explicit(&heap->arena->regions[0], memory_order_relaxed);
-    if (!LIKELY(region && address - atomic_load_explicit(&region->base, memory_order_relaxed) <
-                              atomic_load_explicit(&region->bytes, memory_order_relaxed))) {
-        region = uvas_arena_region(heap->arena, address);
-        if (!region) {
-            return -EINVAL;
-        }
+/* In a region that is not the one where the last block was. Inside. */
+SLOW static bool look_around(struct uvas_heap *heap, uintptr_t address) {
+    struct uvas_region *region = uvas_arena_region(heap->arena, address);
+    if (region) {
+        heap->near_base = atomic_load_explicit(&region->base, memory_order_relaxed);
+        heap->near_bytes = atomic_load_explicit(&region->bytes, memory_order_relaxed);
+        heap->near_map = region->map;
     }
-    size_t page = (address - atomic_load_explicit(&region->base, memory_order_relaxed)) >> uvas_page_shift;
-    struct uvas_run *run = atomic_load_explicit(&region->map[page], memory_order_acquire);
-    if (!LIKELY(run && address - uvas_run_base(run) < uvas_run_bytes(run))) {
-        run = uvas_region_find(region, address);
-    }
-    *found = run;
+    return region != NULL;
+}
+
+/* A large block; or a slab's that the page's own pointer did not lead to, as that may be an old one. Inside. */
+SLOW static int free_other(struct uvas_heap *heap, uintptr_t address, struct uvas_run **found) {
+    const struct uvas_region *region = uvas_arena_region(heap->arena, address);
+    struct uvas_run *run = region ? uvas_region_find(region, address) : NULL;
     uint32_t state = run ? uvas_run_state(run) : UVAS_RUN_NONE;
-    if (LIKELY(state == UVAS_RUN_SLAB)) {
+    if (state == UVAS_RUN_SLAB) {
         return free_small(heap, (struct uvas_slab *)run, address - uvas_run_base(run));
     }
+    *found = run;
     return state == UVAS_RUN_LARGE && address == uvas_run_base(run) ? free_large(heap, run) : -EINVAL;
+}
+
+/* 0, GIVE_IDLE, WANTS_OUTSIDE with *found, or -EINVAL. */
+QUICK int free_inside(struct uvas_heap *heap, uintptr_t address, struct uvas_run **found) {
+    if (!LIKELY(address - heap->near_base < heap->near_bytes) && !look_around(heap, address)) {
+        return -EINVAL;
+    }
+    size_t page = (address - heap->near_base) >> uvas_page_shift;
+    struct uvas_run *run = atomic_load_explicit(&heap->near_map[page], memory_order_acquire);
+    if (LIKELY(run && uvas_run_state(run) == UVAS_RUN_SLAB && address - uvas_run_base(run) < uvas_run_bytes(run))) {
+        return free_small(heap, (struct uvas_slab *)run, address - uvas_run_base(run));
+    }
+    return free_other(heap, address, found);
 }
 
 /* The guard comes down before the pages are anybody else's. Outside; the run is BUSY. */
@@ -516,13 +561,14 @@ static void poison(const struct uvas_arena *arena, uintptr_t address) {
     }
 }
 
-static int free_any(uvas_id id, uintptr_t address, bool wait) {
+SLOW static int free_any(uvas_id id, uintptr_t address, bool wait) {
     if (uvas_arena_inherited(id)) {
         return 0; /* the parent's: here it is memory like any other, and nobody hands it out */
     }
-    struct uvas_heap *heap = uvas_heap_of(id, wait);
+    int rc;
+    struct uvas_heap *heap = uvas_heap_of(id, wait, &rc);
     if (!heap) {
-        return wait ? uvas_last_failure()->code : -EAGAIN;
+        return rc;
     }
     if (heap->hardened && !wait) {
         return -EAGAIN;
@@ -532,7 +578,7 @@ static int free_any(uvas_id id, uintptr_t address, bool wait) {
     }
     struct uvas_run *run;
     struct uvas_arena *arena = heap->arena;
-    int rc = go_in(heap, id, wait);
+    rc = go_in(heap, id, wait);
     if (rc < 0) {
         return rc;
     }
@@ -542,13 +588,24 @@ static int free_any(uvas_id id, uintptr_t address, bool wait) {
         return free_guarded(arena, run);
     }
     if (rc == GIVE_IDLE && wait) {
-        (void)uvas_pages_trim(arena, uvas_pages_now() - arena->idle_ns, 1);
+        trim_idle(arena);
     }
     return rc == -EINVAL ? not_live(address) : 0;
 }
 
-static inline int free_block(uvas_id id, uintptr_t address, bool wait) {
-    struct uvas_heap *heap = uvas_heap_known(id);
+/* What is left to do outside. */
+SLOW static int free_ends(struct uvas_arena *arena, int rc, uvas_id id, uintptr_t address, bool wait) {
+    if (rc == GIVE_IDLE) {
+        if (wait) {
+            trim_idle(arena);
+        }
+        return 0;
+    }
+    return rc == -EINVAL ? not_live(address) : free_any(id, address, wait);
+}
+
+QUICK int free_block(uvas_id id, uintptr_t address, bool wait) {
+    struct uvas_heap *heap = uvas_heap_listed(id);
     if (!LIKELY(heap && !heap->hardened && uvas_heap_enter(heap))) {
         return free_any(id, address, wait);
     }
@@ -559,16 +616,7 @@ static inline int free_block(uvas_id id, uintptr_t address, bool wait) {
         rc = free_inside(heap, address, &run);
     }
     uvas_heap_leave(heap);
-    if (LIKELY(rc == 0)) {
-        return 0;
-    }
-    if (rc == GIVE_IDLE) {
-        if (wait) {
-            (void)uvas_pages_trim(arena, uvas_pages_now() - arena->idle_ns, 1);
-        }
-        return 0;
-    }
-    return rc == -EINVAL ? not_live(address) : free_any(id, address, wait);
+    return LIKELY(rc == 0) ? 0 : free_ends(arena, rc, id, address, wait);
 }
 
 int uvas_free(uvas_id arena, uintptr_t address) {

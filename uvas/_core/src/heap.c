@@ -15,16 +15,11 @@
 #include "failure.h"
 #include "vm.h"
 
-#define INDEX_MASK 0xffffffu /* of an id: slots.h */
 #define ROOM_STEP 16u
 
 bool uvas_door_asymmetric;
 
-/* The calling thread's heaps, by the index in their arena's id. In the executable's own TLS block (a few bytes), as it is on the way of every call. */
-static _Thread_local struct {
-    struct uvas_heap **list;
-    uint32_t count;
-} mine __attribute__((tls_model("initial-exec")));
+_Thread_local struct uvas_thread uvas_thread;
 
 static pthread_key_t at_thread_end;
 
@@ -60,25 +55,19 @@ void uvas_heap_wait_at_door(struct uvas_heap *heap) {
 
 /* ---- a heap's beginning and end ------------------------------------------------------------------------------------------------------------------ */
 
-struct uvas_heap *uvas_heap_known(uvas_id arena) {
-    uint32_t index = (uint32_t)arena & INDEX_MASK;
-    struct uvas_heap *heap = index < mine.count ? mine.list[index] : NULL;
-    return heap && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == arena ? heap : NULL;
-}
-
 static bool widen(uint32_t index) {
-    if (index < mine.count) {
+    if (index < uvas_thread.count) {
         return true;
     }
     uint32_t count = index + ROOM_STEP;
-    struct uvas_heap **list = realloc(mine.list, count * sizeof *list);
+    struct uvas_heap **list = realloc(uvas_thread.list, count * sizeof *list);
     if (!list) {
         return false;
     }
-    memset(list + mine.count, 0, (count - mine.count) * sizeof *list);
-    mine.list = list;
-    mine.count = count;
-    (void)pthread_setspecific(at_thread_end, &mine);
+    memset(list + uvas_thread.count, 0, (count - uvas_thread.count) * sizeof *list);
+    uvas_thread.list = list;
+    uvas_thread.count = count;
+    (void)pthread_setspecific(at_thread_end, &uvas_thread);
     return true;
 }
 
@@ -92,6 +81,7 @@ static struct uvas_heap *settle(struct uvas_arena *arena, struct uvas_heap *fres
         heap = fresh;
         memset((char *)heap + offsetof(struct uvas_heap, large_blocks), 0, sizeof *heap - offsetof(struct uvas_heap, large_blocks));
         heap->arena = arena;
+        heap->near_bytes = 0;
         heap->hardened = arena->flags & (UVAS_ARENA_GUARD | UVAS_ARENA_POISON);
         heap->previous = NULL;
         heap->next = arena->heaps;
@@ -106,38 +96,39 @@ static struct uvas_heap *settle(struct uvas_arena *arena, struct uvas_heap *fres
 }
 
 /* A thread's old heap is of another arena now gone, or of none: it is used again. */
-struct uvas_heap *uvas_heap_of(uvas_id id, bool may_wait) {
-    struct uvas_heap *heap = uvas_heap_known(id);
-    if (heap) {
+struct uvas_heap *uvas_heap_of(uvas_id id, bool may_wait, int *rc) {
+    struct uvas_heap *heap = uvas_heap_listed(id);
+    if (heap && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id) {
         return heap;
     }
-    uint32_t index = (uint32_t)id & INDEX_MASK;
+    uint32_t index = (uint32_t)id & UVAS_ARENA_INDEX;
     struct uvas_arena *arena = uvas_arena_get(id);
     if (!arena) {
+        *rc = -ESTALE;
         return NULL;
     }
-    struct uvas_heap *fresh = widen(index) ? mine.list[index] : NULL;
+    struct uvas_heap *fresh = widen(index) ? uvas_thread.list[index] : NULL;
     bool own = fresh != NULL; /* detached by a close */
     fresh = own ? fresh : uvas_metadata_take(UVAS_METADATA_HEAP, may_wait);
     if (!fresh || (may_wait ? pthread_mutex_lock(&arena->door) : pthread_mutex_trylock(&arena->door)) != 0) {
         if (fresh && !own) {
             uvas_metadata_give(UVAS_METADATA_HEAP, fresh);
         }
-        (void)uvas_fail_memory(0, sizeof *fresh, "the host");
+        *rc = may_wait ? uvas_fail_memory(0, sizeof *fresh, "the host") : -EAGAIN;
         return NULL;
     }
     bool alive = arena->id == id;
     heap = alive ? settle(arena, fresh) : NULL;
     (void)pthread_mutex_unlock(&arena->door);
     if (heap != fresh) {
-        mine.list[index] = NULL;
+        uvas_thread.list[index] = NULL;
         uvas_metadata_give(UVAS_METADATA_HEAP, fresh);
     }
     if (!heap) {
-        (void)uvas_fail_released("arena", id);
+        *rc = uvas_fail_released("arena", id);
         return NULL;
     }
-    mine.list[index] = heap;
+    uvas_thread.list[index] = heap;
     return heap;
 }
 
@@ -209,19 +200,19 @@ static void leave(struct uvas_heap *heap) {
 
 static void end_thread(void *ignored) {
     (void)ignored;
-    for (uint32_t i = 0; i < mine.count; i++) {
-        if (mine.list[i]) {
-            leave(mine.list[i]);
+    for (uint32_t i = 0; i < uvas_thread.count; i++) {
+        if (uvas_thread.list[i]) {
+            leave(uvas_thread.list[i]);
         }
     }
-    free(mine.list);
-    mine.list = NULL;
-    mine.count = 0;
+    free(uvas_thread.list);
+    uvas_thread.list = NULL;
+    uvas_thread.count = 0;
 }
 
 void uvas_heaps_forget(void) {
-    mine.list = NULL; /* the parent's; a page or so is lost to the child */
-    mine.count = 0;
+    uvas_thread.list = NULL; /* the parent's; a page or so is lost to the child */
+    uvas_thread.count = 0;
     uvas_door_asymmetric = uvas_vm_barrier_learn() == 0;
 }
 

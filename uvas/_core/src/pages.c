@@ -5,7 +5,7 @@
  * memory stays until it has been idle for long or somebody trims. A hole whose memory is being given back is BUSY too, so nobody takes it meanwhile.
  *
  * If there is no room, in this order, each once: the arena grows; what the threads keep is called in; idle memory is given back (if it is the kernel
- * that has none); the caller's `exhausted` is asked.
+ * that has none).
  */
 #define _GNU_SOURCE
 #include <assert.h>
@@ -117,6 +117,11 @@ static void cut(struct uvas_arena *arena, struct uvas_run *hole, uintptr_t base,
     arena->peak_bytes = arena->used_bytes > arena->peak_bytes ? arena->used_bytes : arena->peak_bytes;
 }
 
+static bool idle_for_long(const struct uvas_arena *arena, uint64_t now) {
+    const struct uvas_run *idle = arena->holes.idle_first;
+    return idle && now > idle->idle_since && now - idle->idle_since > arena->idle_ns;
+}
+
 bool uvas_pages_give(struct uvas_arena *arena, struct uvas_run *run, struct uvas_run *hole) {
     struct uvas_region *region = run->region;
     uintptr_t base = uvas_run_base(run);
@@ -127,8 +132,11 @@ bool uvas_pages_give(struct uvas_arena *arena, struct uvas_run *run, struct uvas
         set_state(run, UVAS_RUN_NONE);
     }
     join(arena, hole ? hole : run, region, base, bytes, now);
-    const struct uvas_run *idle = arena->holes.idle_first;
-    return idle && now - idle->idle_since > arena->idle_ns && now > idle->idle_since;
+    return idle_for_long(arena, now);
+}
+
+bool uvas_pages_idle(const struct uvas_arena *arena) {
+    return arena->holes.idle_first && idle_for_long(arena, uvas_pages_now());
 }
 
 /* ---- memory ----------------------------------------------------------------------------------------------------------------------------------------- */
@@ -256,13 +264,13 @@ static int say_full(const struct uvas_request *request, bool limit) {
     size_t used = arena->used_bytes, hole = largest ? uvas_run_bytes(largest) : 0;
     (void)pthread_mutex_unlock(&arena->lock);
     struct uvas_failure *failure = limit ? uvas_fail(UVAS_FAILURE_MEMORY, -ENOMEM) : uvas_fail(UVAS_FAILURE_EXHAUSTED, -ENOSPC);
-    failure->size = request->bytes;
+    failure->size = request->asked;
     failure->value = limit ? arena->limit : arena->reserved_bytes;
     failure->other_size = hole;
     (void)snprintf(failure->what, sizeof failure->what, "arena %.50s", arena->name);
     (void)snprintf(failure->remedy, sizeof failure->remedy, "%s",
                    limit ? "free blocks, or give the arena a larger limit" : "free blocks, or make the arena over a space, where it can grow");
-    return uvas_fail_say(failure, "arena %s has no room for %zu bytes: %zu are in use of %s %zu, the largest hole has %zu", arena->name, request->bytes,
+    return uvas_fail_say(failure, "arena %s has no room for %zu bytes: %zu are in use of %s %zu, the largest hole has %zu", arena->name, request->asked,
                          used, limit ? "a limit of" : "its", (size_t)failure->value, hole);
 }
 
@@ -381,7 +389,7 @@ static void put_back(const struct uvas_request *request, struct uvas_run **run) 
 int uvas_pages_take(const struct uvas_request *request, struct uvas_run **run, bool *touched) {
     struct uvas_arena *arena = request->arena;
     bool wait = request->effort != UVAS_EFFORT_NO_WAIT, full = request->effort == UVAS_EFFORT_FULL;
-    bool collected = !full, trimmed = !full, asked = !full || !arena->exhausted;
+    bool collected = !full, trimmed = !full;
     int rc = 0;
     enum lack lack = LACK_ROOM;
     while (true) {
@@ -412,13 +420,6 @@ int uvas_pages_take(const struct uvas_request *request, struct uvas_run **run, b
             trimmed = true;
             (void)uvas_pages_trim(arena, UINT64_MAX, SIZE_MAX);
             continue;
-        }
-        if (!asked) {
-            asked = true;
-            if (arena->exhausted(arena->context, request->bytes) == 1) {
-                collected = trimmed = false;
-                continue;
-            }
         }
         if (lack == LACK_MEMORY || (grown < 0 && grown != -ENOSPC)) {
             *uvas_fail(said.kind, said.code) = said;
@@ -470,6 +471,7 @@ static int extend(struct uvas_arena *arena, struct uvas_run *run, size_t bytes, 
             set_state(tail, UVAS_RUN_NONE);
             uvas_run_place(run, run->region, uvas_run_base(run), bytes);
             uvas_region_mark(run->region, run, UVAS_RUN_LARGE);
+            arena->ended_bytes += more; /* allocated, if not by a thread's own count */
         } else {
             (void)uvas_pages_give(arena, tail, NULL);
             tail = NULL;

@@ -146,10 +146,7 @@ static void mark_part(struct uvas_region *region, size_t first, size_t end, stru
     }
 }
 
-void uvas_region_mark(struct uvas_region *region, struct uvas_run *run, enum uvas_run_state state) {
-    size_t first = (uvas_run_base(run) - atomic_load_explicit(&region->base, memory_order_relaxed)) >> uvas_page_shift;
-    size_t end = first + (uvas_run_bytes(run) >> uvas_page_shift);
-    assert(end > first && end <= region->capacity);
+static void mark_blocks(struct uvas_region *region, size_t first, size_t end, struct uvas_run *run, enum uvas_run_state state) {
     while (first < end) {
         size_t block_end = (first / BLOCK + 1) * BLOCK, until = end < block_end ? end : block_end;
         if (until - first == BLOCK && state != UVAS_RUN_SLAB) {
@@ -159,6 +156,19 @@ void uvas_region_mark(struct uvas_region *region, struct uvas_run *run, enum uva
         }
         first = until;
     }
+}
+
+void uvas_region_mark(struct uvas_region *region, struct uvas_run *run, enum uvas_run_state state) {
+    size_t first = (uvas_run_base(run) - atomic_load_explicit(&region->base, memory_order_relaxed)) >> uvas_page_shift;
+    size_t end = first + (uvas_run_bytes(run) >> uvas_page_shift);
+    assert(end > first && end <= region->capacity);
+    if (state != UVAS_RUN_HOLE || end - first <= BLOCK) {
+        mark_blocks(region, first, end, run, state);
+        return;
+    }
+    size_t after_first = (first / BLOCK + 1) * BLOCK, last = (end - 1) / BLOCK * BLOCK; /* a hole's ends are what neighbours ask for */
+    mark_blocks(region, first, after_first, run, state);
+    mark_blocks(region, last, end, run, state);
 }
 
 /* ---- which pages may hold other bytes than zeros ------------------------------------------------------------------------------------ */

@@ -12,23 +12,13 @@
 
 #include "arena.h"
 
-#define FIRST_DOUBLING 7u /* log2 of 128 */
-#define STEPS 8u          /* a doubling: at most 12.5 % of a block are wasted */
 #define RECIPROCAL_BITS 40 /* offset * (2^40 / size, rounded up) >> 40 is exact: the error is below 2^16 * 2^21 / 2^40 < 1 */
 
-uint32_t uvas_class_of(size_t size) {
-    if (size <= (size_t)1 << FIRST_DOUBLING) {
-        return (uint32_t)(size + 15) / 16 - 1;
-    }
-    uint32_t doubling = 63 - (uint32_t)__builtin_clzll(size - 1);
-    return STEPS * (doubling - FIRST_DOUBLING) + (uint32_t)((size - 1) >> (doubling - 3));
-}
-
 size_t uvas_class_bytes(uint32_t class) {
-    if (class < STEPS) {
+    if (class < UVAS_CLASS_STEPS) {
         return 16 * ((size_t)class + 1);
     }
-    return (size_t)(STEPS + class % STEPS + 1) << (class / STEPS + FIRST_DOUBLING - 4);
+    return (size_t)(UVAS_CLASS_STEPS + class % UVAS_CLASS_STEPS + 1) << (class / UVAS_CLASS_STEPS + UVAS_CLASS_DOUBLING - 4);
 }
 
 static size_t slab_bytes(size_t block_bytes) {
@@ -109,7 +99,7 @@ int uvas_slab_make(struct uvas_arena *arena, uvas_id id, uint32_t class, enum uv
         slab->words = 1u << (kind - UVAS_METADATA_SLAB);
     }
     slab->run.spare = uvas_metadata_take(UVAS_METADATA_RUN, wait);
-    struct uvas_request request = {.arena = arena, .id = id, .bytes = bytes, .align = uvas_page(), .effort = effort, .slab = true};
+    struct uvas_request request = {.arena = arena, .id = id, .asked = bytes, .bytes = bytes, .align = uvas_page(), .effort = effort, .slab = true};
     struct uvas_run *run = &slab->run;
     int rc = slab->run.spare ? uvas_pages_take(&request, &run, &touched) : -EAGAIN;
     if (rc < 0) {
