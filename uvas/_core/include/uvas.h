@@ -380,7 +380,8 @@ UVAS_API int uvas_allocation_size(uvas_id arena, uintptr_t address, size_t *out)
 /* The live block of any arena that holds an address, which may be inside it. No lock; async-signal-safe; 0 or -ENOENT (which is no failure). */
 UVAS_API int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out);
 
-/* Gives back what all threads keep and the memory of every wholly free span; *bytes (may be NULL): memory given back. */
+/* Calls in what all threads keep, and gives back the memory of every hole: whole spans are decommitted, other pages emptied. *bytes (may be NULL):
+ * how much. O(runs). */
 UVAS_API int uvas_arena_trim(uvas_id arena, uint64_t *bytes);
 UVAS_API int uvas_arena_stats(uvas_id arena, struct uvas_arena_stats *out);
 /* Starts peak_bytes anew from what is used now, or from `floor` if that is more; *was (may be NULL): what it had been. */

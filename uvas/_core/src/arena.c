@@ -313,7 +313,7 @@ int uvas_arena_trim(uvas_id id, uint64_t *bytes) {
         return -ESTALE;
     }
     uvas_pages_collect(arena);
-    uint64_t given = uvas_pages_trim(arena, UINT64_MAX, SIZE_MAX);
+    uint64_t given = uvas_pages_trim(arena, UINT64_MAX, SIZE_MAX) + uvas_pages_empty(arena);
     if (bytes) {
         *bytes = given;
     }

@@ -203,6 +203,7 @@ struct uvas_heap {
     uintptr_t near_base;
     size_t near_bytes;
     _Atomic(struct uvas_run *) *near_map;
+    uint32_t bare;     /* 1 or 0 */
     uint32_t hardened; /* GUARD and POISON of the arena's flags */
     _Atomic(struct uvas_slab *) pending; /* slabs in which others freed blocks: pushed by anyone, taken whole by the owner */
     struct uvas_heap *next, *previous;   /* in the arena's list; under its door, as is the next */
@@ -270,6 +271,7 @@ bool uvas_pages_give(struct uvas_arena *arena, struct uvas_run *run, struct uvas
 int uvas_pages_resize(struct uvas_arena *arena, struct uvas_run *run, size_t bytes);
 /* Gives back the memory of free spans, of holes that have been idle since `until` or longer only. Outside; waits. Returns bytes. */
 uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most);
+uint64_t uvas_pages_empty(struct uvas_arena *arena); /* the pages of all holes, whose spans stay committed; likewise. O(runs) */
 bool uvas_pages_idle(const struct uvas_arena *arena); /* some hole has been idle for long. Under lock */
 uint64_t uvas_pages_now(void); /* ns, of a coarse clock */
 void uvas_pages_collect(struct uvas_arena *arena); /* all that threads keep is the arena's again. Outside; shuts the doors */

@@ -413,9 +413,17 @@ QUICK int alloc(uvas_id id, size_t size, size_t align, unsigned how, uintptr_t *
     if (LIKELY(heap && size - 1 < UVAS_SMALL_MAX && (align == 0 || align == ALIGN_LEAST) && uvas_heap_enter(heap))) {
         struct uvas_bin *bin = &heap->bins[uvas_class_of(size)];
         struct uvas_slab *slab = bin->free;
-        if (LIKELY(slab && slab->summary && !(how & ZERO) && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id)) {
-            *out = take(bin, slab);
+        if (LIKELY(slab && slab->summary && !(how & ZERO & heap->bare) && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id)) {
+            bool clean = slab->clean;
+            uint32_t high = slab->high;
+            uintptr_t base = take(bin, slab);
+            clean = clean && slab->high > high; /* never handed out before, so zero */
+            size_t bytes = atomic_load_explicit(&slab->block_bytes, memory_order_relaxed);
             uvas_heap_leave(heap);
+            if ((how & ZERO) && !clean) {
+                memset((void *)base, 0, bytes);
+            }
+            *out = base;
             return 0;
         }
         uvas_heap_leave(heap);

@@ -598,6 +598,30 @@ int uvas_decommit_leased(uvas_id reservation, size_t offset, size_t size) {
     return decommit(reservation, offset, size, true);
 }
 
+/* ---- empty: an arena's memory that nobody uses -------------------------------------------------------------------------------------------------------------- */
+
+int uvas_empty_leased(uvas_id reservation, size_t offset, size_t size) {
+    struct uvas_change change;
+    struct plan plan;
+    int rc;
+    struct uvas_record *record = uvas_change_begin(reservation, offset, size, true, &change, &rc);
+    if (!record) {
+        return rc;
+    }
+    rc = make_plan(record, &change, &plan);
+    for (size_t i = 0; rc == 0 && i < plan.count; i++) {
+        const struct uvas_piece_entry *part = &plan.parts[i];
+        if (uvas_piece_committed(part) && part->kind == UVAS_BACKING_MEMFD) {
+            rc = uvas_vm_punch(part->file->fd, part->offset, length(part));
+        } else if (uvas_piece_committed(part) && part->kind == UVAS_BACKING_ANONYMOUS) {
+            rc = uvas_vm_drop(where(&plan, part), length(part));
+        } else {
+            rc = -ENOTSUP;
+        }
+    }
+    return end_failed(&plan, &change, false, rc); /* which only ends it: contents that nobody uses are no change */
+}
+
 /* ---- protect ----------------------------------------------------------------------------------------------------------------------------------------------- */
 
 int uvas_protect(uvas_id reservation, size_t offset, size_t size, uint32_t protection) {

@@ -82,6 +82,7 @@ static struct uvas_heap *settle(struct uvas_arena *arena, struct uvas_heap *fres
         memset((char *)heap + offsetof(struct uvas_heap, large_blocks), 0, sizeof *heap - offsetof(struct uvas_heap, large_blocks));
         heap->arena = arena;
         heap->near_bytes = 0;
+        heap->bare = (arena->flags & UVAS_ARENA_BARE) != 0;
         heap->hardened = arena->flags & (UVAS_ARENA_GUARD | UVAS_ARENA_POISON);
         heap->previous = NULL;
         heap->next = arena->heaps;

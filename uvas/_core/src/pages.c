@@ -543,6 +543,51 @@ uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most) 
     return given;
 }
 
+/* The pages of a BUSY run that was a hole are emptied, where its spans stay. Under the lock, which it drops. */
+static uint64_t empty(struct uvas_arena *arena, const struct uvas_run *run) {
+    struct uvas_region *region = run->region;
+    uintptr_t at = uvas_run_base(run), end = at + uvas_run_bytes(run), until;
+    uint64_t given = 0;
+    for (; at < end; at = until) {
+        if (!uvas_region_touched(region, at, end, &until)) {
+            continue;
+        }
+        (void)pthread_mutex_unlock(&arena->lock);
+        int rc = uvas_empty_leased(region->reservation, at - region->reservation_base, until - at);
+        (void)pthread_mutex_lock(&arena->lock);
+        if (rc == 0) {
+            uvas_region_untouch(region, at, until - at);
+            given += until - at;
+        }
+    }
+    return given;
+}
+
+uint64_t uvas_pages_empty(struct uvas_arena *arena) {
+    uint64_t given = 0;
+    uint32_t count = atomic_load_explicit(&arena->region_count, memory_order_acquire);
+    for (uint32_t i = 0; i < count && !(arena->flags & UVAS_ARENA_BARE); i++) {
+        const struct uvas_region *region = atomic_load_explicit(&arena->regions[i], memory_order_acquire);
+        uintptr_t at = atomic_load_explicit(&region->base, memory_order_relaxed), until;
+        uintptr_t end = at + atomic_load_explicit(&region->bytes, memory_order_relaxed);
+        (void)pthread_mutex_lock(&arena->lock);
+        while (at < end) {
+            struct uvas_run *run = uvas_region_find(region, at);
+            at = uvas_run_base(run) + uvas_run_bytes(run);
+            bool touched = uvas_run_state(run) == UVAS_RUN_HOLE && (uvas_region_touched(region, uvas_run_base(run), at, &until) || until < at);
+            if (touched) {
+                uvas_holes_remove(&arena->holes, run);
+                set_state(run, UVAS_RUN_BUSY);
+                given += empty(arena, run);
+                join(arena, run, run->region, uvas_run_base(run), uvas_run_bytes(run), 0);
+                at = uvas_run_base(run) + uvas_run_bytes(run); /* what was freed beside it meanwhile is in it now, and no boundary any more */
+            }
+        }
+        (void)pthread_mutex_unlock(&arena->lock);
+    }
+    return given;
+}
+
 bool uvas_pages_next_committed(struct uvas_arena *arena, const struct uvas_region *region, uintptr_t *at, uintptr_t *until) {
     (void)pthread_mutex_lock(&arena->lock);
     uintptr_t base = atomic_load_explicit(&region->base, memory_order_relaxed), stop = base + atomic_load_explicit(&region->bytes, memory_order_relaxed);
