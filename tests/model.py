@@ -68,3 +68,89 @@ class Model:
     def committed_pages(self) -> int:
         """Over all reservations."""
         return sum(page is not None for one in self.reservations.values() for page in one.pages)
+
+
+@dataclass
+class ModelBlock:
+    """A live block: what was asked for, and what can be used."""
+
+    base: int
+    asked: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """First byte after it."""
+        return self.base + self.size
+
+
+@dataclass
+class ArenaModel:
+    """Blocks in one fixed range, in bytes: a list, sorted by address.
+
+    Where small blocks live in their slabs the model cannot know which pages the slabs take; where only large ones
+    live, it knows the holes to the page.
+    """
+
+    base: int
+    size: int
+    page: int
+    small_max: int
+    guard: int = 0  # bytes after each large block
+    blocks: list[ModelBlock] = field(default_factory=list)
+    total_blocks: int = 0
+    total_bytes: int = 0
+
+    def add(self, base: int, asked: int, size: int) -> ModelBlock:
+        """Take in a block; nobody else has a byte of it."""
+        assert size >= asked
+        assert self.base <= base
+        assert base + size <= self.base + self.size
+        assert all(block.end <= base or base + size <= block.base for block in self.blocks), "two blocks share bytes"
+        block = ModelBlock(base, asked, size)
+        self.blocks.append(block)
+        self.blocks.sort(key=lambda one: one.base)
+        self.total_blocks += 1
+        self.total_bytes += size
+        return block
+
+    def remove(self, block: ModelBlock) -> None:
+        """Forget a block."""
+        self.blocks.remove(block)
+
+    def holder(self, address: int) -> ModelBlock | None:
+        """Return the block that holds an address."""
+        return next((block for block in self.blocks if block.base <= address < block.end), None)
+
+    def pages_of(self, size: int) -> int:
+        """Bytes that a block takes when it has pages of its own."""
+        whole = -(-size // self.page) * self.page
+        return whole + (self.guard if size > self.small_max else 0)
+
+    @property
+    def only_large(self) -> bool:
+        """Whether every live block has pages of its own."""
+        return all(block.size > self.small_max for block in self.blocks)
+
+    @property
+    def large_bytes(self) -> int:
+        """Pages of large blocks, without what guards them."""
+        return sum(block.size for block in self.blocks if block.size > self.small_max)
+
+    def holes(self, without: ModelBlock | None = None) -> list[tuple[int, int]]:
+        """Where nothing is, in order, if only large blocks live: (base, end)."""
+        found, at = [], self.base
+        for block in self.blocks:
+            if block is without:
+                continue
+            if at < block.base:
+                found.append((at, block.base))
+            at = block.end + (self.guard if block.size > self.small_max else 0)
+        if at < self.base + self.size:
+            found.append((at, self.base + self.size))
+        return found
+
+    def fits(self, size: int, align: int) -> bool:
+        """Whether some hole has room, if only large blocks live."""
+        step = max(align, self.page)
+        return any(end - -(-base // step) * step >= self.pages_of(size) for base, end in self.holes())

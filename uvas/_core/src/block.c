@@ -116,12 +116,21 @@ int uvas_allocation_size(uvas_id id, uintptr_t address, size_t *out) {
 
 /* ---- small blocks: inside ------------------------------------------------------------------------------------------------------------------------- */
 
+/* A block that is handed out was freed twice, the second time while the owner collected the first: that bit must not free it again. */
+SLOW static void drop_late(struct uvas_heap *heap, struct uvas_slab *slab, uint32_t word, uint64_t bit) {
+    (void)atomic_fetch_and(&uvas_slab_remote(slab)[word], ~bit);
+    heap->late_frees++;
+}
+
 /* The lowest free block of a slab that has one. */
-QUICK uintptr_t take(struct uvas_bin *bin, struct uvas_slab *slab) {
+QUICK uintptr_t take(struct uvas_heap *heap, struct uvas_bin *bin, struct uvas_slab *slab) {
     uint32_t word = (uint32_t)__builtin_ctzll(slab->summary);
     uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed), rest = bits & (bits - 1);
     uint32_t index = 64 * word + (uint32_t)__builtin_ctzll(bits);
     atomic_store_explicit(&uvas_slab_free(slab)[word], rest, memory_order_relaxed);
+    if (!LIKELY(!(atomic_load_explicit(&uvas_slab_remote(slab)[word], memory_order_relaxed) & bits & -bits))) {
+        drop_late(heap, slab, word, bits & -bits);
+    }
     slab->summary ^= (uint64_t)(rest == 0) << word;
     slab->used++;
     bin->allocated++;
@@ -335,7 +344,7 @@ static int alloc_small(struct uvas_heap *heap, const struct ask *ask, uint32_t c
         if (slab) {
             uint32_t high = slab->high;
             size_t bytes = uvas_class_bytes(class);
-            *out = take(&heap->bins[class], slab);
+            *out = take(heap, &heap->bins[class], slab);
             bool fresh = slab->clean && slab->high > high; /* never handed out before, so zero */
             bool idle = ask->wait && comes_by(heap);
             uvas_heap_leave(heap);
@@ -416,7 +425,7 @@ QUICK int alloc(uvas_id id, size_t size, size_t align, unsigned how, uintptr_t *
         if (LIKELY(slab && slab->summary && !(how & ZERO & heap->bare) && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id)) {
             bool clean = slab->clean;
             uint32_t high = slab->high;
-            uintptr_t base = take(bin, slab);
+            uintptr_t base = take(heap, bin, slab);
             clean = clean && slab->high > high; /* never handed out before, so zero */
             size_t bytes = atomic_load_explicit(&slab->block_bytes, memory_order_relaxed);
             uvas_heap_leave(heap);
@@ -469,11 +478,7 @@ SLOW static int free_remote(struct uvas_slab *slab, size_t index) {
     if (atomic_load_explicit(free, memory_order_acquire) & bit || atomic_fetch_or(remote, bit) & bit) {
         return -EINVAL;
     }
-    if (atomic_load_explicit(free, memory_order_acquire) & bit) { /* the owner collected an earlier free of it between the two looks */
-        (void)atomic_fetch_and(remote, ~bit);
-        return -EINVAL;
-    }
-    uvas_slab_notify(slab);
+    uvas_slab_notify(slab); /* a bit that came too late, on a block that is free, is found by who collects it or hands out the block */
     return 0;
 }
 

@@ -62,8 +62,8 @@ static void make_hole(struct uvas_arena *arena, struct uvas_run *run, struct uva
     uvas_holes_add(&arena->holes, run);
 }
 
-/* A run that is nobody's joins the holes beside it. `run` describes the result. */
-static void join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_region *region, uintptr_t base, size_t bytes, uint64_t idle_since) {
+/* A run that is nobody's joins the holes beside it. `run` describes the result, which is idle from now on. */
+static void join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_region *region, uintptr_t base, size_t bytes) {
     struct uvas_run *before = hole_at(region, base - 1), *after = hole_at(region, base + bytes);
     if (before) {
         uvas_holes_remove(&arena->holes, before);
@@ -77,8 +77,8 @@ static void join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_reg
         forget_run(after);
     }
     make_hole(arena, run, region, base, bytes);
-    if (idle_since && bytes >= UVAS_SPAN && !(arena->flags & UVAS_ARENA_BARE)) {
-        uvas_holes_note_idle(&arena->holes, run, idle_since);
+    if (bytes >= UVAS_SPAN && !(arena->flags & UVAS_ARENA_BARE)) {
+        uvas_holes_note_idle(&arena->holes, run, uvas_pages_now());
     }
 }
 
@@ -117,8 +117,9 @@ static void cut(struct uvas_arena *arena, struct uvas_run *hole, uintptr_t base,
     arena->peak_bytes = arena->used_bytes > arena->peak_bytes ? arena->used_bytes : arena->peak_bytes;
 }
 
-static bool idle_for_long(const struct uvas_arena *arena, uint64_t now) {
+bool uvas_pages_idle(const struct uvas_arena *arena) {
     const struct uvas_run *idle = arena->holes.idle_first;
+    uint64_t now = idle ? uvas_pages_now() : 0;
     return idle && now > idle->idle_since && now - idle->idle_since > arena->idle_ns;
 }
 
@@ -126,17 +127,12 @@ bool uvas_pages_give(struct uvas_arena *arena, struct uvas_run *run, struct uvas
     struct uvas_region *region = run->region;
     uintptr_t base = uvas_run_base(run);
     size_t bytes = uvas_run_bytes(run);
-    uint64_t now = bytes >= UVAS_SPAN || arena->holes.idle_first ? uvas_pages_now() : 1;
     arena->used_bytes -= bytes;
     if (hole) {
         set_state(run, UVAS_RUN_NONE);
     }
-    join(arena, hole ? hole : run, region, base, bytes, now);
-    return idle_for_long(arena, now);
-}
-
-bool uvas_pages_idle(const struct uvas_arena *arena) {
-    return arena->holes.idle_first && idle_for_long(arena, uvas_pages_now());
+    join(arena, hole ? hole : run, region, base, bytes);
+    return uvas_pages_idle(arena);
 }
 
 /* ---- memory ----------------------------------------------------------------------------------------------------------------------------------------- */
@@ -529,6 +525,12 @@ static uint64_t unback(struct uvas_arena *arena, const struct uvas_run *run) {
     return given;
 }
 
+/* A hole that was BUSY is one again, with nothing left in it that could be given back. */
+static void settle(struct uvas_arena *arena, struct uvas_run *run) {
+    join(arena, run, run->region, uvas_run_base(run), uvas_run_bytes(run));
+    uvas_holes_drop_idle(&arena->holes, run);
+}
+
 uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most) {
     uint64_t given = 0;
     (void)pthread_mutex_lock(&arena->lock);
@@ -537,7 +539,7 @@ uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most) 
         uvas_holes_remove(&arena->holes, run);
         set_state(run, UVAS_RUN_BUSY);
         given += unback(arena, run);
-        join(arena, run, run->region, uvas_run_base(run), uvas_run_bytes(run), 0);
+        settle(arena, run);
     }
     (void)pthread_mutex_unlock(&arena->lock);
     return given;
@@ -579,7 +581,7 @@ uint64_t uvas_pages_empty(struct uvas_arena *arena) {
                 uvas_holes_remove(&arena->holes, run);
                 set_state(run, UVAS_RUN_BUSY);
                 given += empty(arena, run);
-                join(arena, run, run->region, uvas_run_base(run), uvas_run_bytes(run), 0);
+                settle(arena, run);
                 at = uvas_run_base(run) + uvas_run_bytes(run); /* what was freed beside it meanwhile is in it now, and no boundary any more */
             }
         }

@@ -4,7 +4,7 @@
  * Whoever else frees a block sets its bit in a second bitmap, and if nobody has yet (`pending`), pushes the slab onto its owner's stack. The owner
  * takes the whole stack, resets `pending` of each slab first, and then collects: a bit set after that pushes the slab again, so none is overlooked.
  * At every moment between a block's being freed and its being handed out again at least one of its two bits is set, which is how a second free of
- * it is noticed. A slab may end, and its piece of metadata become another slab, while it is still in some stack: whoever takes it off finds that it
+ * it is noticed; one that slips in while the owner collects the first is found when its bit is collected or the block handed out. A slab may end, and its piece of metadata become another slab, while it is still in some stack: whoever takes it off finds that it
  * is not his, and passes it on.
  */
 #include <assert.h>
