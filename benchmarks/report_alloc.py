@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- table: alloc -->\n", "<!-- end -->"
 OURS = "uvas"
-TIMES = {"ns": "middle", "p99_9_ns": "99.9 % take no longer"}
+TIMES = {"ns": "the usual", "p99_9_ns": "99.9 % of single ones take no longer"}
 MEMORY = {
     "peak_over_live": "peak resident / peak live",
     "trimmed_over_live": "resident / live, 90 % freed, trimmed",
