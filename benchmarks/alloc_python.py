@@ -124,12 +124,17 @@ def a8(into: Rounds, running: list[PythonAllocator], rounds: int, count: int) ->
         for one in running:
             _time(into, "A8 1,000 at once, 64 B, each", one.name, 1_000, lambda: one.many(sizes))  # noqa: B023
         _time(into, "A8 empty((1024,))", "np.empty", count, lambda: _empties(np.empty, count))
-        if hasattr(uvas, "empty"):
-            _time(into, "A8 empty((1024,))", "uvas", count, lambda: _empties(uvas.empty, count))
+        if ours := _of_uvas("empty"):
+            _time(into, "A8 empty((1024,))", "uvas", count, lambda: _empties(ours, count))
         with busy_thread():
             for one in running:
                 label = "A8 alloc + free, 64 B, beside a busy thread"
                 _time(into, label, one.name, 5 * count, lambda: one.pairs(64, 5 * count))  # noqa: B023
+
+
+def _of_uvas(name: str) -> Any:
+    """Return what uvas has by that name, or None: not every build has arrays."""
+    return getattr(uvas, name, None)
 
 
 def _plus(a: Any, b: Any, times: int) -> None:
@@ -145,8 +150,8 @@ def _twice_plus_one(a: Any, times: int) -> None:
 def a7(into: Rounds, rounds: int, count: int) -> None:
     """Time NumPy as it is and with its memory from an arena."""
     handlers: dict[str, Callable[[], AbstractContextManager[Any]]] = {"NumPy's default": contextlib.nullcontext}
-    if hasattr(uvas, "numpy_allocator"):
-        handlers["uvas"] = uvas.numpy_allocator
+    if ours := _of_uvas("numpy_allocator"):
+        handlers["uvas"] = ours
     for mib in (0, 0.25, 1, 4, 16, 64, 256):
         a = np.arange(max(int(mib * MIB) // 8, 1024), dtype=np.float64)
         b = a[::-1].copy()

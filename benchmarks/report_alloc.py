@@ -22,6 +22,7 @@ MEMORY = {
     "peak_over_live": "peak resident / peak live",
     "trimmed_over_live": "resident / live, 90 % freed, trimmed",
 }
+ABOUT = {**MEMORY, "speedup": "throughput over that of one"}
 MARKS = "osD^vPX<>*hd"
 
 Medians = dict[tuple[str, str], dict[str, float]]  # (workload, measure) to allocator to median
@@ -35,10 +36,11 @@ def medians(content: dict[str, Any]) -> Medians:
     return found
 
 
-def best_peer(content: dict[str, Any], of: dict[str, float]) -> str | None:
-    """Return who needs least, limits and uvas apart."""
+def best_peer(content: dict[str, Any], measure: str, of: dict[str, float]) -> str | None:
+    """Return who needs least, or speeds up most, limits and uvas apart."""
     peers = {what: value for what, value in of.items() if what != OURS and what not in content["bounds"]}
-    return min(peers, key=lambda what: peers[what]) if peers else None
+    best = max if measure == "speedup" else min
+    return best(peers, key=lambda what: peers[what]) if peers else None
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -50,11 +52,11 @@ def lines(content: dict[str, Any]) -> list[str]:
     ratios = {(one["workload"], one["measure"], one["peer"]): one for one in content["ratios"]}
     table = []
     for (workload, measure), of in found.items():
-        if measure not in ("ns", *MEMORY) or OURS not in of:
+        if measure not in ("ns", *ABOUT) or OURS not in of:
             continue
-        peer = best_peer(content, of)
+        peer = best_peer(content, measure, of)
         one = ratios.get((workload, measure, peer or ""))
-        about = workload.split(" ", 1)[1] + (f": {MEMORY[measure]}" if measure in MEMORY else "")
+        about = workload.split(" ", 1)[1] + (f": {ABOUT[measure]}" if measure in ABOUT else "")
         ours = _value(of[OURS], measure)
         if peer is None or one is None:
             table.append(f"| {about} | {ours} | - | - | - |")
@@ -65,7 +67,7 @@ def lines(content: dict[str, Any]) -> list[str]:
 
 
 def _value(value: float, measure: str) -> str:
-    if measure in MEMORY:
+    if measure in ABOUT:
         return f"{value:.2f}"
     for unit, size in (("ms", 1e6), ("us", 1e3)):
         if value >= size:

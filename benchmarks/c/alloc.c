@@ -142,25 +142,32 @@ static void run_scale(void) {
 
 struct passed {
     struct ring ring;
-    size_t count;
+    size_t count;   /* a multiple of CHUNKS */
     bool allocates; /* else the same few blocks go round, which is what the ring alone costs */
     struct latency *latency_alloc, *latency_free; /* or NULL */
     uint64_t sum;
+    double chunk[CHUNKS]; /* ns for a block, as they arrive */
 };
 
 static void *pass_consume(void *argument) {
     struct passed *passed = argument;
-    uint64_t sum = 0;
+    size_t part = passed->count / CHUNKS;
+    uint64_t sum = 0, began = bench_ns();
     pin(1);
     for (size_t i = 0; i < passed->count; i++) {
         void *block = ring_take(&passed->ring, i);
         sum += *(uint64_t *)block;
         if (passed->latency_free) {
-            uint64_t began = latency_now();
+            uint64_t freeing = latency_now();
             adapter_free(block);
-            latency_add(passed->latency_free, began, latency_now());
+            latency_add(passed->latency_free, freeing, latency_now());
         } else if (passed->allocates) {
             adapter_free(block);
+        }
+        if ((i + 1) % part == 0) {
+            uint64_t now = bench_ns();
+            passed->chunk[i / part] = (double)(now - began) / (double)part;
+            began = now;
         }
     }
     passed->sum = sum;
@@ -181,39 +188,31 @@ static void pass_produce(struct passed *passed) {
     }
 }
 
-static double pass(struct passed *passed) {
+static double pass(struct passed *passed, size_t operations) {
     pthread_t thread;
     memset(&passed->ring, 0, sizeof passed->ring);
-    uint64_t began = bench_ns();
+    passed->count = (operations / CHUNKS + 1) * CHUNKS;
     BENCH_NEED(pthread_create(&thread, NULL, pass_consume, passed) == 0);
     pass_produce(passed);
     BENCH_NEED(pthread_join(thread, NULL) == 0);
-    uint64_t sum = passed->count % 2 ? passed->count * ((passed->count - 1) / 2) : passed->count / 2 * (passed->count - 1);
-    BENCH_NEED(passed->sum == sum); /* every block arrived with what it was sent with */
-    return (double)(bench_ns() - began) / (double)passed->count;
+    BENCH_NEED(passed->sum == passed->count / 2 * (passed->count - 1)); /* every block arrived with what it was sent with */
+    return median(passed->chunk, CHUNKS);
 }
 
 static void run_pass(void) {
     static struct latency allocs, frees;
     static struct passed passed;
-    static double with[CHUNKS], without[CHUNKS];
+    double ring = pass(&passed, work.operations / 4);
     passed.allocates = true;
-    passed.count = work.operations / 10 + 1;
-    (void)pass(&passed);
-    passed.count = work.operations / (CHUNKS);
-    for (size_t i = 0; i < CHUNKS; i++) {
-        passed.allocates = false;
-        without[i] = pass(&passed);
-        passed.allocates = true;
-        with[i] = pass(&passed);
-    }
+    (void)pass(&passed, work.operations / 10);
+    double ns = pass(&passed, work.operations);
     latency_open(&allocs);
     latency_open(&frees);
     passed.latency_alloc = &allocs;
     passed.latency_free = &frees;
-    (void)pass(&passed);
-    say("ns", median(with, CHUNKS));
-    say("ring_ns", median(without, CHUNKS));
+    (void)pass(&passed, work.operations / 4);
+    say("ns", ns);
+    say("ring_ns", ring);
     say("alloc_p50_ns", latency_quantile(&allocs, 0.5));
     say("alloc_p99_9_ns", latency_quantile(&allocs, 0.999));
     say("free_p50_ns", latency_quantile(&frees, 0.5));
