@@ -14,6 +14,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from uvas._core import get_include, get_library
+from uvas.arena import Allocation, Arena, allocation_of
+from uvas.arrays import (
+    array,
+    asarray,
+    configure,
+    default_arena,
+    empty,
+    empty_like,
+    full,
+    is_unified,
+    numpy_allocator,
+    ones,
+    zeros,
+    zeros_like,
+)
 from uvas.devices.base import Backing, Device, DeviceInfo
 from uvas.errors import (
     AddressInUseError,
@@ -29,7 +44,7 @@ from uvas.errors import (
 from uvas.maps.own import address_map
 from uvas.maps.rows import MapRow
 from uvas.ranges import Range
-from uvas.reports import Finding, Report, SpaceStats
+from uvas.reports import AllocationInfo, ArenaStats, Finding, Report, SpaceStats
 from uvas.reservation import Adoption, Reservation
 from uvas.space import AddressSpace, find
 
@@ -43,6 +58,10 @@ __all__ = [
     "AddressSpace",
     "AddressSpaceExhaustedError",
     "Adoption",
+    "Allocation",
+    "AllocationInfo",
+    "Arena",
+    "ArenaStats",
     "Backing",
     "CFunction",
     "Device",
@@ -62,10 +81,23 @@ __all__ = [
     "SpaceStats",
     "UvasError",
     "address_map",
+    "allocation_of",
+    "array",
+    "asarray",
     "by_value",
+    "configure",
+    "default_arena",
+    "empty",
+    "empty_like",
     "find",
+    "full",
     "get_include",
     "get_library",
+    "is_unified",
+    "numpy_allocator",
+    "ones",
+    "zeros",
+    "zeros_like",
 ]
 
 __version__ = "0.1.0"

@@ -132,17 +132,33 @@ class OutOfMemoryError(UvasError, MemoryError):
     size
         Bytes that were asked for.
     device
-        Who has none: "the host" or a device's name.
+        Who has none: "the host", a device's name or an arena's.
+    limit, in_use, largest_hole
+        Where an arena's limit is reached: the limit, the bytes of pages that it has in use, and the bytes of the
+        largest hole between them. Elsewhere None.
     message
         A sentence; made from the others if left out.
     """
 
-    _fields = ("size", "device")
+    _fields = ("size", "device", "limit", "in_use", "largest_hole")
 
-    def __init__(self, size: int, device: str = "the host", *, message: str | None = None) -> None:
-        super().__init__(message or f"{device} has no memory for {size:#x} bytes")
+    def __init__(
+        self,
+        size: int,
+        device: str = "the host",
+        limit: int | None = None,
+        in_use: int | None = None,
+        largest_hole: int | None = None,
+        *,
+        message: str | None = None,
+    ) -> None:
+        reached = "" if limit is None else f": its limit is {limit:#x}, {in_use or 0:#x} are in use"
+        super().__init__(message or f"{device} has no memory for {size:#x} bytes{reached}")
         self.size = size
         self.device = device
+        self.limit = limit
+        self.in_use = in_use
+        self.largest_hole = largest_hole
 
 
 class DeviceError(UvasError, OSError):
@@ -283,7 +299,7 @@ def _limit(record: Any, message: str) -> Exception:
 
 
 def _memory(record: Any, message: str) -> Exception:
-    return OutOfMemoryError(record.size, _text(record.what), message=message)
+    return OutOfMemoryError(record.size, _text(record.what), record.value or None, message=message)
 
 
 def _device(record: Any, message: str) -> Exception:

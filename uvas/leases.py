@@ -28,6 +28,18 @@ Errand = tuple[Callable[[int], int], int, object]
 live: dict[int, weakref.ref[Reservation | Adoption]] = {}
 """Every live reservation and adoption of the process, by id: `find` gives back the very object."""
 
+represent: list[Callable[[int], Reservation | None]] = []
+"""Who may know an address that `live` does not: arenas make objects for their reservations when they are asked for."""
+
+
+def find(address: int) -> Reservation | Adoption | None:
+    """Return whose address this is; see `uvas.find`."""
+    held = fast.lookup(address, live)
+    if held is None:
+        for known in represent:
+            held = known(address)
+    return held
+
 
 class _Process:
     """What belongs to this process; a forked child begins anew."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from uvas.ranges import Range
 
 if TYPE_CHECKING:
+    from uvas.arena import Arena
     from uvas.reservation import Reservation
 
 FindingKind = Literal["hole", "foreign", "changed", "lost"]
@@ -77,3 +78,58 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.findings)) or "registry and kernel agree"
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaStats:
+    """What an arena holds now and has done so far; bytes and counts."""
+
+    live_blocks: int
+    """Now."""
+    live_bytes: int
+    """Of those blocks, as rounded up to the sizes that there are."""
+    total_blocks: int
+    """Ever allocated."""
+    total_bytes: int
+    """Ever allocated."""
+    used_bytes: int
+    """Whole pages with blocks in them or kept for some: what the limit bounds."""
+    peak_bytes: int
+    """The most that `used_bytes` has been."""
+    cached_bytes: int
+    """Of `used_bytes`: what threads keep for their next block."""
+    reserved_bytes: int
+    """Addresses."""
+    committed_bytes: int
+    """Memory behind them."""
+    resident_bytes: int
+    """Of it, present in RAM, as the kernel says."""
+    hole_bytes: int
+    """Addresses between the pages in use."""
+    hole_count: int
+    """Runs of them."""
+    largest_hole: int
+    """Bytes of the longest run."""
+    metadata_bytes: int
+    """The arena's own bookkeeping, which lies elsewhere."""
+    threads: int
+    """That keep something."""
+    regions: int
+    """Reservations that it lives in."""
+    late_frees: int
+    """Double frees that raced with the first one and were found afterwards; nothing was done."""
+
+    @property
+    def fragmentation(self) -> float:
+        """What part of the holes is not in the largest one: 0 is none, near 1 is dust."""
+        return 1 - self.largest_hole / self.hole_bytes if self.hole_bytes else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationInfo:
+    """A live block of an arena, as `uvas.allocation_of` found it. It keeps nothing alive."""
+
+    range: Range
+    """Its usable bytes, which may be more than were asked for."""
+    arena: Arena | None
+    """Whose it is; None if C or a forked child's NumPy made the arena, or its object is gone."""

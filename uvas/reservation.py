@@ -50,6 +50,45 @@ def as_size(name: str, value: object) -> int:
     return number
 
 
+def as_elements(
+    dtype: npt.DTypeLike, shape: int | Iterable[int] | None, start: int, room: int
+) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """Return the type, the dimensions and the bytes of an array in memory that devices see.
+
+    Parameters
+    ----------
+    dtype, shape
+        Of the array; no shape: as many elements as there is room for.
+    start, room
+        The offset of the first byte, and that of the end.
+
+    Raises
+    ------
+    ValueError
+        It does not fit, or its elements have no size.
+    TypeError
+        Its elements hold Python objects, whose pointers mean nothing to anybody else.
+    """
+    kind = np.dtype(dtype)
+    if kind.hasobject or kind.kind == "T":
+        raise TypeError(f"{kind} elements are Python objects: their pointers mean nothing to a device")
+    if kind.itemsize == 0:
+        raise ValueError(f"{kind} elements have no size")
+    rest = max(0, room - start)
+    if shape is None:
+        dimensions: tuple[int, ...] = (rest // kind.itemsize,)
+    elif isinstance(shape, Iterable):
+        dimensions = tuple(as_size("dimension", one) for one in shape)
+    else:
+        dimensions = (as_size("shape", shape),)
+    size = kind.itemsize * math.prod(dimensions)
+    if size > room - start:
+        raise ValueError(
+            f"{dimensions} elements of {kind} are {size:#x} bytes: from offset {start:#x} there are {rest:#x}"
+        )
+    return kind, dimensions, size
+
+
 class _Held:
     """What reservations and adoptions have in common: a range, a handle that C wrote into a cell of theirs, an end."""
 
@@ -325,28 +364,10 @@ class Reservation(_Held):
         ReleasedError
             The reservation has been released.
         """
-        kind = np.dtype(dtype)
-        if kind.hasobject or kind.kind == "T":
-            raise TypeError(f"{kind} elements are Python objects: their pointers mean nothing to a device")
-        if kind.itemsize == 0:
-            raise ValueError(f"{kind} elements have no size")
         start = as_size("offset", offset)
-        dimensions = self._dimensions(kind, shape, start)
-        size = kind.itemsize * math.prod(dimensions)
-        if size > self._size - start:
-            raise ValueError(
-                f"{dimensions} elements of {kind} are {size:#x} bytes: "
-                f"from offset {start:#x} there are {max(0, self._size - start):#x}"
-            )
+        kind, dimensions, size = as_elements(dtype, shape, start, self._size)
         lease = self._lease(start, size, f"array of {kind}, shape {dimensions}")
         return np.ndarray(dimensions, kind, buffer=np.asarray(lease))
-
-    def _dimensions(self, kind: np.dtype[Any], shape: int | Iterable[int] | None, start: int) -> tuple[int, ...]:
-        if shape is None:
-            return (max(0, self._size - start) // kind.itemsize,)
-        if isinstance(shape, Iterable):
-            return tuple(as_size("dimension", one) for one in shape)
-        return (as_size("shape", shape),)
 
     def _lease(self, start: int, size: int, holder: str) -> Lease:
         lease = Lease(self, start, size, readonly=False, holder=holder)

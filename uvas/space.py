@@ -11,11 +11,12 @@ from errno import EBUSY
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
-from uvas._core import fast, ffi, lib
+from uvas._core import ffi, lib
 from uvas.devices.adapter import Party, raise_answer
 from uvas.devices.base import Device
 from uvas.errors import ReleasedError
 from uvas.leases import Errand, enqueue, generation, live, start_reaper, work_off
+from uvas.leases import find as find_held
 from uvas.ranges import Range
 from uvas.reports import Finding, FindingKind, Report, SpaceStats
 from uvas.reservation import Adoption, Reservation, as_size
@@ -45,7 +46,7 @@ def find(address: int) -> Reservation | Adoption | None:
     ...     find(held.base + 7) is held
     True
     """
-    return fast.lookup(address, live)
+    return find_held(address)
 
 
 class AddressSpace:
@@ -202,7 +203,7 @@ class AddressSpace:
 
     def find(self, address: int) -> Reservation | Adoption | None:
         """Return whose address this is among this space's, None if it is not; as `uvas.find`."""
-        held = fast.lookup(address, live)
+        held = find_held(address)
         return held if held is not None and held._space is self else None
 
     def ranges(self) -> list[Reservation | Adoption]:
@@ -361,7 +362,7 @@ class AddressSpace:
         Raises
         ------
         BufferError
-            An array lives over a reservation of it; raised before anything is released.
+            An array lives over a reservation of it, or an arena in one; raised before anything is released.
         DeviceError
             A device did not give a reservation back; what was released before stays released, and the space stays open.
         ReleasedError
@@ -377,7 +378,7 @@ class AddressSpace:
         if code == -EBUSY:
             refusal = raise_answer(code)
             holders = [repr(lease) for one in self.ranges() if isinstance(one, Reservation) for lease in one.holders()]
-            raise BufferError(f"{refusal}: {'; '.join(holders)}")
+            raise BufferError(f"{refusal}: {'; '.join(holders)}" if holders else str(refusal))
         if code < 0:
             raise raise_answer(code)
         self._end()

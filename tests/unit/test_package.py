@@ -94,12 +94,16 @@ def test_wheel_is_for_every_python_and_holds_no_leftovers(wheel):
     core = {name.removeprefix("uvas/_core/") for name in names if name.startswith("uvas/_core/")}
     assert core == {
         "__init__.py",
+        "_allocation.pyi",
         "_cffi.pyi",
         "_fast.pyi",
+        "_handler.pyi",
         "include/uvas.h",
         "libuvas.so",
+        f"_allocation{MODULE_SUFFIX}",
         f"_cffi{MODULE_SUFFIX}",
         f"_fast{MODULE_SUFFIX}",
+        f"_handler{MODULE_SUFFIX}",
     }
     assert "uvas/py.typed" in names
     assert all(name.startswith("uvas/") for name in names)

@@ -1,13 +1,18 @@
-"""The C core: ``libuvas.so`` through cffi (`ffi`, `lib`), the calls that keep the GIL (`fast`), and where it lies."""
+"""The C core: ``libuvas.so`` through cffi (`ffi`, `lib`), the calls that keep the GIL, and where it lies.
+
+`fast` has lookups, `allocation` the blocks of arenas, `handler` what NumPy asks for memory.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from uvas._core import _allocation as allocation
 from uvas._core import _fast as fast
+from uvas._core import _handler as handler
 from uvas._core._cffi import ffi, lib
 
-__all__ = ["fast", "ffi", "get_include", "get_library", "lib"]
+__all__ = ["allocation", "fast", "ffi", "get_include", "get_library", "handler", "lib"]
 
 _HERE = Path(__file__).parent
 

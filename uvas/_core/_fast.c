@@ -100,8 +100,44 @@ static PyObject *unlease(PyObject *module, PyObject *lease) {
     return PyLong_FromLong(uvas_unlease(id));
 }
 
+PyDoc_STRVAR(find_allocation_doc, "find_allocation($module, address, /)\n--\n\n"
+                                  "Return base, size and the arena's id of the live block that holds an address, or None.");
+
+static PyObject *find_allocation(PyObject *module, PyObject *integer) {
+    (void)module;
+    uintptr_t address;
+    struct uvas_allocation found;
+    int is_address = as_address(integer, &address);
+    if (is_address < 0) {
+        return NULL;
+    }
+    if (!is_address || uvas_find_allocation(address, &found) < 0) {
+        Py_RETURN_NONE;
+    }
+    return Py_BuildValue("KKK", (unsigned long long)found.base, (unsigned long long)found.size, (unsigned long long)found.arena);
+}
+
+PyDoc_STRVAR(held_doc, "held($module, address, /)\n--\n\n"
+                       "Return base and size of the reservation that holds an address, or None; also of those that C made.");
+
+static PyObject *held(PyObject *module, PyObject *integer) {
+    (void)module;
+    uintptr_t address;
+    struct uvas_found found;
+    int is_address = as_address(integer, &address);
+    if (is_address < 0) {
+        return NULL;
+    }
+    if (!is_address || uvas_find(address, &found) < 0 || found.kind != UVAS_RESERVATION) {
+        Py_RETURN_NONE;
+    }
+    return Py_BuildValue("KK", (unsigned long long)found.base, (unsigned long long)found.size);
+}
+
 static PyMethodDef methods[] = {
     {"find", find, METH_O, find_doc},
+    {"find_allocation", find_allocation, METH_O, find_allocation_doc},
+    {"held", held, METH_O, held_doc},
     {"lookup", (PyCFunction)(void (*)(void))lookup, METH_FASTCALL, lookup_doc},
     {"unlease", unlease, METH_O, unlease_doc},
     {NULL, NULL, 0, NULL},

@@ -1,6 +1,6 @@
 """Build the C parts of uvas. setuptools runs this file (see pyproject.toml); it is not installed.
 
-Three things come out, beside each other in ``uvas/_core``:
+These come out, beside each other in ``uvas/_core``:
 
 ``libuvas.so``
     All of ``src/*.c``, linked to libc only: no Python in it. Its SONAME is its file name. A wheel cannot hold symbolic
@@ -8,11 +8,11 @@ Three things come out, beside each other in ``uvas/_core``:
     and the version is asked of ``uvas_abi_version()``.
 ``_cffi``
     The cffi module. Its declarations are the part of ``include/uvas.h`` between the cffi marks.
-``_fast``
-    The calls that keep the GIL, written by hand.
+``_fast``, ``_allocation``, ``_handler``
+    The calls that keep the GIL, written by hand: lookups, the blocks of arenas, and what NumPy asks for memory.
 
-Both modules find the library beside themselves (``$ORIGIN``) and use the limited API, so that one wheel serves every
-Python from 3.11 on. Free-threaded Pythons have no limited API: there both are built for the one Python at hand.
+All modules find the library beside themselves (``$ORIGIN``) and use the limited API, so that one wheel serves every
+Python from 3.11 on. Free-threaded Pythons have no limited API: there they are built for the one Python at hand.
 
 ``CC``, ``CFLAGS`` and ``LDFLAGS`` are honoured and come last: ``CFLAGS='-O0 -g3' pip install -e .`` is a debug build.
 """
@@ -57,7 +57,8 @@ LIMITED_API = "0x030B0000"  # Python 3.11
 LIMITED_TAG = "cp311"
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
-# What the core calls when a device is written in Python; uvas/devices/adapter.py is behind them.
+# What the core calls when a device is written in Python; uvas/devices/adapter.py is behind them, and uvas/arena.py is
+# behind the last.
 CALLBACKS = """
 extern "Python" int uvas_py_claim(void *, uintptr_t, size_t, struct uvas_obstacle *);
 extern "Python" int uvas_py_unclaim(void *, uintptr_t, size_t);
@@ -65,6 +66,7 @@ extern "Python" int uvas_py_commit(void *, uintptr_t, size_t, const struct uvas_
 extern "Python" int uvas_py_decommit(void *, uintptr_t, size_t);
 extern "Python" int uvas_py_protect(void *, uintptr_t, size_t, uint32_t);
 extern "Python" void uvas_py_start_claim(void *, uintptr_t, size_t);
+extern "Python" int uvas_py_exhausted(void *, size_t);
 """
 
 
@@ -91,10 +93,10 @@ def flags(variable: str) -> list[str]:
 
 
 class BuildExt(build_ext):
-    """Build ``libuvas.so`` first, then the two modules that link to it."""
+    """Build ``libuvas.so`` first, then the modules that link to it."""
 
     def finalize_options(self) -> None:
-        """Complete what pyproject.toml cannot say about the three."""
+        """Complete what pyproject.toml cannot say about them."""
         super().finalize_options()
         for extension in self.extensions:
             if extension.name == LIBRARY:

@@ -14,13 +14,19 @@ import io
 import pickle
 from collections.abc import Container
 from typing import Any, Generic, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from uvas._core import fast
-from uvas.leases import live
+from uvas._core._allocation import Hold
+from uvas.leases import find
 
-__all__ = ["ByValue", "by_value", "dumps"]
+__all__ = ["ByValue", "address_of", "by_value", "dumps", "extent"]
+
+_sent: WeakValueDictionary[int, Any] = WeakValueDictionary()
+"""What keeps a block of an arena, by its base, for blocks of which something was sent: an array over such a block may
+come back, and then holds the same."""
 
 _Array = TypeVar("_Array", bound="np.ndarray[Any, Any]")
 
@@ -69,22 +75,56 @@ def by_value(array: _Array) -> ByValue[_Array]:
     return ByValue(array)
 
 
+class _Bytes:
+    """The base of an array over memory that something else keeps."""
+
+    __slots__ = ("__array_interface__", "keeper")
+
+    def __init__(self, address: int, size: int, keeper: object) -> None:
+        self.__array_interface__ = {"version": 3, "shape": (size,), "typestr": "|u1", "data": (address, False)}
+        self.keeper = keeper
+
+
 def _memory(address: int, size: int) -> np.ndarray[Any, Any]:
-    """Return bytes of a reservation as an array, which keeps them from being released.
+    """Return bytes of a reservation as an array, which keeps them from being released or, in an arena, freed.
 
     Raises
     ------
     ValueError
-        They do not lie in one reservation, or not all of them are committed and readable.
+        They do not lie in one reservation, or not all of them are committed and readable. Or they lie in a block of an
+        arena that nobody has sent or that has been freed since.
     ReleasedError
         The reservation is being released, or was left by ``with``.
     """
-    held = fast.lookup(address, live)
+    block = fast.find_allocation(address)
+    if block is not None:
+        return _memory_of_block(address, size, block[0], block[1])
+    held = find(address)
     over = getattr(held, "numpy", None)  # an adoption has none
     if held is None or over is None:
         raise ValueError(f"[{address:#x}, {address + size:#x}) lies in no reservation")
     memory: np.ndarray[Any, Any] = over("u1", size, offset=address - held.base)
     return memory
+
+
+def _memory_of_block(address: int, size: int, base: int, block_size: int) -> np.ndarray[Any, Any]:
+    keeper = _sent.get(base)
+    if keeper is None or address + size > base + block_size:
+        raise ValueError(f"[{address:#x}, {address + size:#x}) lies in no allocation that was sent and lives")
+    if isinstance(keeper, np.ndarray):
+        low, length = extent(keeper)
+        if not (low <= address and address + size <= low + length):  # resized, and elsewhere now
+            raise ValueError(f"[{address:#x}, {address + size:#x}) lies no more in the array that was sent")
+        return np.asarray(_Bytes(address, size, keeper))
+    return np.asarray(Hold(keeper, address - base, size))
+
+
+def _keeper_of(array: np.ndarray[Any, Any]) -> Any:
+    """Return what lives as long as any array over an array's memory: its allocation, or the array that owns it."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        array, base = base, base.base
+    return base.allocation if isinstance(base, Hold) else base.keeper if isinstance(base, _Bytes) else array
 
 
 # ---- sending ---------------------------------------------------------------------------------------------------------
@@ -142,43 +182,50 @@ class _Pickler(pickle.Pickler):
     def _reduce(self, array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
         if array.dtype.hasobject or array.dtype.kind == "T":
             raise TypeError(f"{_described(array)} holds references, which mean nothing in another process")
-        low, size = _extent(array)
+        low, size = extent(array)
         if size == 0:  # no bytes to share
             return np.ndarray, (array.shape, array.dtype)
         self._held.append(self._shared_memory(array, low, size))
-        offset = _address(array) - low
+        offset = address_of(array) - low
         return _rebuild, (low, size, offset, array.shape, array.strides, array.dtype, array.flags.writeable)
 
     def _shared_memory(self, array: np.ndarray[Any, Any], low: int, size: int) -> np.ndarray[Any, Any]:
-        held = fast.lookup(low, live)
+        """Return what keeps an array's memory while it is on its way: the array itself, or a lease."""
+        held = find(low)
         why = f"does not lie in memory that {self._party} shares"
         if held is not None and held.base in self._shared:
+            block = fast.find_allocation(low)
+            if block is not None:
+                _sent[block[0]] = _keeper_of(array)
+                return array
             try:
                 return _memory(low, size)
             except ValueError as error:
                 why = f"does not lie in committed memory: {error}"
         raise TypeError(
-            f"{_described(array)} {why}; allocate it with reservation.numpy, or wrap it in uvas.by_value to copy it"
+            f"{_described(array)} {why}; allocate it with reservation.numpy or in an arena of the device's space, "
+            f"or wrap it in uvas.by_value to copy it"
         )
 
 
 def _described(array: np.ndarray[Any, Any]) -> str:
-    return f"the array of shape {array.shape} and dtype {array.dtype} at {_address(array):#x}"
+    return f"the array of shape {array.shape} and dtype {array.dtype} at {address_of(array):#x}"
 
 
-def _address(array: np.ndarray[Any, Any]) -> int:
+def address_of(array: np.ndarray[Any, Any]) -> int:
+    """Return the address of an array's first element."""
     address: int = array.__array_interface__["data"][0]
     return address
 
 
-def _extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
+def extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
     """Return the lowest address of an array's elements and the bytes from there to the end of its highest one."""
     if array.size == 0 or array.itemsize == 0:
         return 0, 0
     spans = [(length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True)]
     below = sum(span for span in spans if span < 0)
     above = sum(span for span in spans if span > 0)
-    return _address(array) + below, above - below + array.itemsize
+    return address_of(array) + below, above - below + array.itemsize
 
 
 # ---- receiving -------------------------------------------------------------------------------------------------------

@@ -255,7 +255,7 @@ static void detach_heaps(struct uvas_arena *arena) {
         atomic_store_explicit(&heap->arena_id, 0, memory_order_relaxed);
         bool idle = heap->idle;
         heap->idle = false;
-        atomic_store_explicit(&heap->shut, 0, memory_order_release);
+        atomic_store_explicit(&heap->shut, uvas_door_unshut(), memory_order_release);
         if (idle) {
             uvas_metadata_give(UVAS_METADATA_HEAP, heap);
         }

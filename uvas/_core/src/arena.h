@@ -191,12 +191,14 @@ struct uvas_bin { /* slabs of one class that a heap owns */
     uint64_t allocated; /* blocks, ever */
 };
 
+enum { UVAS_DOOR_OPEN = 0, UVAS_DOOR_AJAR = 1, UVAS_DOOR_SHUT = 2 };
+
 struct uvas_heap {
     void *link; /* metadata.c's */
     /* The door. `inside`: written by the owner only, 1 while it works in here. `shut`: written under the arena's door by who shuts it.
      * Each side writes its word, then reads the other's; which needs a full barrier between, and that is the other side's (membarrier). */
     _Atomic uint32_t inside;
-    _Atomic uint32_t shut;
+    _Atomic uint32_t shut; /* UVAS_DOOR_... */
     _Atomic uvas_id arena_id; /* 0: of no arena now. Changed by the owner, or with the door shut */
     struct uvas_arena *arena;
     /* Where the last block that this thread freed lay: base, bytes and map of that region. The owner's */
@@ -294,37 +296,36 @@ struct uvas_heap *uvas_heap_of(uvas_id arena, bool may_wait, int *rc);
 void uvas_heap_wait_at_door(struct uvas_heap *heap);
 void uvas_doors_shut(struct uvas_arena *arena); /* every thread is outside, and stays there */
 void uvas_doors_open(struct uvas_arena *arena);
+uint32_t uvas_door_unshut(void); /* what a door is that nobody shuts: OPEN or AJAR */
+#define UVAS_ARENA_INDEX 0xffffffu /* of an id: slots.h */
 void uvas_heap_empty(struct uvas_heap *heap); /* all that it keeps goes to the arena. The door is shut, or it is the caller's own; under lock */
 void uvas_heap_count(struct uvas_heap *heap);  /* its counters go to the arena. Likewise */
 void uvas_heaps_forget(void); /* the child of a fork: the calling thread has no heaps */
 int uvas_heaps_ready(void);
 
-/* The calling thread's heaps, by the index in their arena's id; NULL: none. In the TLS block that is there from the start (a few bytes), as it is on the
- * way of every call. */
+/* The calling thread's heaps, by the index in their arena's id (NULL: none has been made; a heap of an earlier arena tells by its arena_id), and the one
+ * used last. In the TLS block that is there from the start (a few bytes), as it is on the way of every call. */
 extern _Thread_local struct uvas_thread {
+    struct uvas_heap *last;
     struct uvas_heap **list;
     uint32_t count;
 } uvas_thread __attribute__((tls_model("initial-exec")));
 
-#define UVAS_ARENA_INDEX 0xffffffu /* of an id: slots.h */
-
-/* The heap in the arena with this id, or one that the thread had in an earlier arena: its arena_id tells. NULL: none has been made. */
-static inline struct uvas_heap *uvas_heap_listed(uvas_id arena) {
-    uint32_t index = (uint32_t)arena & UVAS_ARENA_INDEX;
-    return __builtin_expect(index < uvas_thread.count, 1) ? uvas_thread.list[index] : NULL;
+/* Goes inside. false: the door is shut (or this kernel has no membarrier: then it is ajar), and the caller is outside. */
+static inline bool uvas_heap_enter(struct uvas_heap *heap) {
+    atomic_store_explicit(&heap->inside, 1, memory_order_relaxed);
+    atomic_signal_fence(memory_order_seq_cst); /* the compiler's order; the processor's is made by membarrier on the other side */
+    if (__builtin_expect(atomic_load_explicit(&heap->shut, memory_order_acquire) == UVAS_DOOR_OPEN, 1)) {
+        return true;
+    }
+    atomic_store_explicit(&heap->inside, 0, memory_order_release);
+    return false;
 }
 
-extern bool uvas_door_asymmetric; /* written once: membarrier makes the owner's barrier unnecessary */
-
-/* Goes inside. false: the door is shut, and the caller is outside. */
-static inline bool uvas_heap_enter(struct uvas_heap *heap) {
-    if (__builtin_expect(uvas_door_asymmetric, 1)) {
-        atomic_store_explicit(&heap->inside, 1, memory_order_relaxed);
-        atomic_signal_fence(memory_order_seq_cst); /* the compiler's order; the processor's is made by membarrier on the other side */
-    } else {
-        (void)atomic_exchange_explicit(&heap->inside, 1, memory_order_seq_cst);
-    }
-    if (__builtin_expect(atomic_load_explicit(&heap->shut, memory_order_seq_cst) == 0, 1)) {
+/* The same with the barrier on this side, for slower ways: also through a door that is ajar. */
+static inline bool uvas_heap_enter_fenced(struct uvas_heap *heap) {
+    (void)atomic_exchange_explicit(&heap->inside, 1, memory_order_seq_cst);
+    if (atomic_load_explicit(&heap->shut, memory_order_seq_cst) != UVAS_DOOR_SHUT) {
         return true;
     }
     atomic_store_explicit(&heap->inside, 0, memory_order_release);

@@ -131,7 +131,9 @@ QUICK uintptr_t take(struct uvas_heap *heap, struct uvas_bin *bin, struct uvas_s
     if (!LIKELY(!(atomic_load_explicit(&uvas_slab_remote(slab)[word], memory_order_relaxed) & bits & -bits))) {
         drop_late(heap, slab, word, bits & -bits);
     }
-    slab->summary ^= (uint64_t)(rest == 0) << word;
+    if (!LIKELY(rest != 0)) {
+        slab->summary &= slab->summary - 1;
+    }
     slab->used++;
     bin->allocated++;
     slab->high = index >= slab->high ? index + 1 : slab->high;
@@ -160,7 +162,7 @@ static struct uvas_slab *refill(struct uvas_heap *heap, uint32_t class) {
 
 /* Goes inside; 0, -EAGAIN, or -ESTALE said. */
 static int go_in(struct uvas_heap *heap, uvas_id id, bool wait) {
-    while (!uvas_heap_enter(heap)) {
+    while (!uvas_heap_enter(heap) && !uvas_heap_enter_fenced(heap)) {
         if (!wait) {
             return -EAGAIN;
         }
@@ -303,7 +305,7 @@ static int alloc_large(struct uvas_heap *heap, const struct ask *ask, uintptr_t 
         if (rc < 0) {
             return rc;
         }
-        while (!uvas_heap_enter(heap)) { /* the arena cannot close: it has a busy run */
+        while (!uvas_heap_enter(heap) && !uvas_heap_enter_fenced(heap)) { /* the arena cannot close: it has a busy run */
             uvas_heap_wait_at_door(heap);
         }
     } else if (ask->zero) {
@@ -324,7 +326,7 @@ static int add_slab(struct uvas_heap *heap, const struct ask *ask, uint32_t clas
     struct uvas_slab *slab;
     int rc = uvas_slab_make(heap->arena, ask->id, class, ask->wait ? UVAS_EFFORT_MODEST : UVAS_EFFORT_NO_WAIT, &slab);
     if (rc == 0) {
-        while (!uvas_heap_enter(heap)) { /* the arena cannot close: it has a busy run */
+        while (!uvas_heap_enter(heap) && !uvas_heap_enter_fenced(heap)) { /* the arena cannot close: it has a busy run */
             uvas_heap_wait_at_door(heap);
         }
         uvas_slab_adopt(heap, slab);
@@ -418,7 +420,7 @@ SLOW static int alloc_any(uvas_id id, size_t size, size_t align, unsigned how, u
 }
 
 QUICK int alloc(uvas_id id, size_t size, size_t align, unsigned how, uintptr_t *out) {
-    struct uvas_heap *heap = uvas_heap_listed(id);
+    struct uvas_heap *heap = uvas_thread.last;
     if (LIKELY(heap && size - 1 < UVAS_SMALL_MAX && (align == 0 || align == ALIGN_LEAST) && uvas_heap_enter(heap))) {
         struct uvas_bin *bin = &heap->bins[uvas_class_of(size)];
         struct uvas_slab *slab = bin->free;
@@ -546,6 +548,10 @@ QUICK int free_inside(struct uvas_heap *heap, uintptr_t address, struct uvas_run
     if (LIKELY(run && uvas_run_state(run) == UVAS_RUN_SLAB && address - uvas_run_base(run) < uvas_run_bytes(run))) {
         return free_small(heap, (struct uvas_slab *)run, address - uvas_run_base(run));
     }
+    if (run && uvas_run_state(run) == UVAS_RUN_LARGE && address == uvas_run_base(run)) {
+        *found = run;
+        return free_large(heap, run);
+    }
     return free_other(heap, address, found);
 }
 
@@ -618,7 +624,7 @@ SLOW static int free_ends(struct uvas_arena *arena, int rc, uvas_id id, uintptr_
 }
 
 QUICK int free_block(uvas_id id, uintptr_t address, bool wait) {
-    struct uvas_heap *heap = uvas_heap_listed(id);
+    struct uvas_heap *heap = uvas_thread.last;
     if (!LIKELY(heap && !heap->hardened && uvas_heap_enter(heap))) {
         return free_any(id, address, wait);
     }

@@ -1,23 +1,57 @@
-/* failure.c: see failure.h. One record a thread; nobody else reads or writes it. */
+/* failure.c: see failure.h. One record a thread; nobody else reads or writes it. It is made at the thread's first failure: the library is loaded late,
+ * by dlopen, where the TLS that short ways want (arena.h) is a few hundred bytes for all, and a record has 4 KiB. */
 #include "failure.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
-static _Thread_local struct uvas_failure last;
+static _Thread_local struct uvas_failure *last;
+static const struct uvas_failure none;
+static struct uvas_failure spare; /* of threads for which there was no memory: better a record that others may change than none */
+static pthread_key_t at_thread_end;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static int has_key;
 
 const struct uvas_failure *uvas_last_failure(void) {
-    return &last;
+    return last ? last : &none;
+}
+
+static void end_record(void *record) {
+    last = NULL;
+    free(record);
+}
+
+static void make_key(void) {
+    has_key = pthread_key_create(&at_thread_end, end_record) == 0;
+}
+
+static struct uvas_failure *record(void) {
+    if (!last) {
+        (void)pthread_once(&once, make_key);
+        struct uvas_failure *made = has_key ? calloc(1, sizeof *made) : NULL;
+        if (made && pthread_setspecific(at_thread_end, made) != 0) {
+            free(made);
+            made = NULL;
+        }
+        if (!made) {
+            return &spare;
+        }
+        last = made;
+    }
+    return last;
 }
 
 struct uvas_failure *uvas_fail(uint32_t kind, int code) {
     /* All but the candidates, which are copied in by the search when there are any: 2 KiB need no clearing each time. */
-    memset(&last, 0, offsetof(struct uvas_failure, tried));
-    last.kind = kind;
-    last.code = code;
-    return &last;
+    struct uvas_failure *failure = record();
+    memset(failure, 0, offsetof(struct uvas_failure, tried));
+    failure->kind = kind;
+    failure->code = code;
+    return failure;
 }
 
 static void vsay(struct uvas_failure *failure, const char *format, va_list arguments) {

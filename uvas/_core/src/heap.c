@@ -17,7 +17,7 @@
 
 #define ROOM_STEP 16u
 
-bool uvas_door_asymmetric;
+static bool asymmetric; /* membarrier works; written once */
 
 _Thread_local struct uvas_thread uvas_thread;
 
@@ -28,9 +28,9 @@ static pthread_key_t at_thread_end;
 void uvas_doors_shut(struct uvas_arena *arena) {
     (void)pthread_mutex_lock(&arena->door);
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
-        atomic_store_explicit(&heap->shut, 1, memory_order_seq_cst);
+        atomic_store_explicit(&heap->shut, UVAS_DOOR_SHUT, memory_order_seq_cst);
     }
-    if (uvas_door_asymmetric && arena->heaps) {
+    if (asymmetric && arena->heaps) {
         uvas_vm_barrier(); /* the one call made with the door's lock held: it asks nobody and takes microseconds */
     }
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
@@ -40,9 +40,13 @@ void uvas_doors_shut(struct uvas_arena *arena) {
     }
 }
 
+uint32_t uvas_door_unshut(void) {
+    return asymmetric ? UVAS_DOOR_OPEN : UVAS_DOOR_AJAR;
+}
+
 void uvas_doors_open(struct uvas_arena *arena) {
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
-        atomic_store_explicit(&heap->shut, 0, memory_order_release);
+        atomic_store_explicit(&heap->shut, uvas_door_unshut(), memory_order_release);
     }
     (void)pthread_mutex_unlock(&arena->door);
 }
@@ -82,6 +86,7 @@ static struct uvas_heap *settle(struct uvas_arena *arena, struct uvas_heap *fres
         memset((char *)heap + offsetof(struct uvas_heap, large_blocks), 0, sizeof *heap - offsetof(struct uvas_heap, large_blocks));
         heap->arena = arena;
         heap->near_bytes = 0;
+        atomic_store_explicit(&heap->shut, uvas_door_unshut(), memory_order_relaxed);
         heap->bare = (arena->flags & UVAS_ARENA_BARE) != 0;
         heap->hardened = arena->flags & (UVAS_ARENA_GUARD | UVAS_ARENA_POISON);
         heap->previous = NULL;
@@ -98,11 +103,12 @@ static struct uvas_heap *settle(struct uvas_arena *arena, struct uvas_heap *fres
 
 /* A thread's old heap is of another arena now gone, or of none: it is used again. */
 struct uvas_heap *uvas_heap_of(uvas_id id, bool may_wait, int *rc) {
-    struct uvas_heap *heap = uvas_heap_listed(id);
+    uint32_t index = (uint32_t)id & UVAS_ARENA_INDEX;
+    struct uvas_heap *heap = index < uvas_thread.count ? uvas_thread.list[index] : NULL;
     if (heap && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id) {
+        uvas_thread.last = heap;
         return heap;
     }
-    uint32_t index = (uint32_t)id & UVAS_ARENA_INDEX;
     struct uvas_arena *arena = uvas_arena_get(id);
     if (!arena) {
         *rc = -ESTALE;
@@ -122,14 +128,14 @@ struct uvas_heap *uvas_heap_of(uvas_id id, bool may_wait, int *rc) {
     heap = alive ? settle(arena, fresh) : NULL;
     (void)pthread_mutex_unlock(&arena->door);
     if (heap != fresh) {
-        uvas_thread.list[index] = NULL;
+        uvas_thread.last = uvas_thread.list[index] = NULL;
         uvas_metadata_give(UVAS_METADATA_HEAP, fresh);
     }
     if (!heap) {
         *rc = uvas_fail_released("arena", id);
         return NULL;
     }
-    uvas_thread.list[index] = heap;
+    uvas_thread.list[index] = uvas_thread.last = heap;
     return heap;
 }
 
@@ -207,18 +213,16 @@ static void end_thread(void *ignored) {
         }
     }
     free(uvas_thread.list);
-    uvas_thread.list = NULL;
-    uvas_thread.count = 0;
+    uvas_thread = (struct uvas_thread){0};
 }
 
 void uvas_heaps_forget(void) {
-    uvas_thread.list = NULL; /* the parent's; a page or so is lost to the child */
-    uvas_thread.count = 0;
-    uvas_door_asymmetric = uvas_vm_barrier_learn() == 0;
+    uvas_thread = (struct uvas_thread){0}; /* the parent's; a page or so is lost to the child */
+    asymmetric = uvas_vm_barrier_learn() == 0;
 }
 
 int uvas_heaps_ready(void) {
     uvas_page_shift = (uint32_t)__builtin_ctzll(uvas_vm_platform.page_size);
-    uvas_door_asymmetric = uvas_vm_barrier_learn() == 0;
+    asymmetric = uvas_vm_barrier_learn() == 0;
     return -pthread_key_create(&at_thread_end, end_thread);
 }

@@ -21,9 +21,11 @@ size_t uvas_class_bytes(uint32_t class) {
     return (size_t)(UVAS_CLASS_STEPS + class % UVAS_CLASS_STEPS + 1) << (class / UVAS_CLASS_STEPS + UVAS_CLASS_DOUBLING - 4);
 }
 
+/* Enough blocks that the arena is rarely asked, few enough that a class of which a thread needs one block costs little: 64 KiB, and at least 8. */
 static size_t slab_bytes(size_t block_bytes) {
-    size_t bytes = block_bytes <= 1024 ? (size_t)64 << 10 : block_bytes <= 8192 ? (size_t)256 << 10 : (size_t)1 << 20;
-    return bytes > uvas_page() ? bytes : uvas_page();
+    size_t least = block_bytes <= 2048 ? 32 : block_bytes <= 16384 ? 16 : 8, bytes = least * block_bytes;
+    bytes = bytes > (size_t)64 << 10 ? bytes : (size_t)64 << 10;
+    return (bytes + uvas_page() - 1) & ~(uvas_page() - 1);
 }
 
 static enum uvas_metadata_kind kind_for(size_t count) {

@@ -1,0 +1,781 @@
+/* _allocation.c: blocks of an arena as Python objects.
+ *
+ *   Core        the arena in C. Every block has a reference to it, so it closes after the last of them
+ *   Allocator   what Python's Arena derives from: alloc, and many at once
+ *   Block       Python's Allocation: free, exactly once. Python adds the methods that are not for speed (uvas/arena.py): a class of Python's that derived
+ *               from it would have a garbage collector's head, and cost twice as much to make
+ *   Hold        the base of an array over a block: while it lives, the block does
+ *
+ * A block refers to the core and not to the Arena, which may have a callback that refers to blocks: so there is no cycle, and blocks need no garbage
+ * collection. Allocating and freeing keep the GIL and never wait with it: they try, and where the core would wait they give the GIL up first. A
+ * finalizer may not do that. It calls `later`, which puts the block on a queue.
+ *
+ * Limited API. What two threads may do to one object at the same time is decided by atomics, not by the GIL.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "uvas.h"
+
+#define ALIGN_MAX ((size_t)1 << 30)
+
+typedef struct {
+    PyObject_HEAD
+    uvas_id id; /* C writes it here: no signal can come between its making and its keeping */
+    PyObject *later; /* later(core, address): free this block; later(id, 0): the last block is gone */
+    atomic_int closing;  /* no more blocks: closed, or to be closed when the last block goes */
+    atomic_int retired;  /* to be closed when the last block goes */
+    atomic_size_t users; /* allocators of NumPy that ask it for memory */
+    atomic_size_t owed;  /* blocks that finalizers could not give back at once */
+} Core;
+
+typedef struct {
+    PyObject_HEAD
+    Core *core;
+    PyTypeObject *block_type;
+} Allocator;
+
+/* The low bits of a block's state count its holds. */
+#define FREED ((uint64_t)1 << 62)
+#define RETIRED ((uint64_t)1 << 61) /* no more holds: it is freed with the last one */
+#define HOLDS (RETIRED - 1)
+
+typedef struct {
+    PyObject_HEAD
+    Core *core;
+    unsigned long long base;
+    unsigned long long size; /* as asked for */
+    _Atomic uint64_t state;
+    PyObject *references; /* weak ones */
+} Block;
+
+typedef struct {
+    PyObject_HEAD
+    Block *block;
+    unsigned long long address;
+    unsigned long long size;
+} Hold;
+
+/* ---- shared ------------------------------------------------------------------------------------------------------------------------------- */
+
+static void end_object(void *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    freefunc end = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    end(self);
+    Py_DECREF(type);
+}
+
+/* Whether a type is the one with this deallocator, or derives from it. The module keeps no types of its own. */
+static int derives_from(PyTypeObject *type, destructor dealloc) {
+    for (; type; type = (PyTypeObject *)PyType_GetSlot(type, Py_tp_base)) {
+        if ((destructor)PyType_GetSlot(type, Py_tp_dealloc) == dealloc) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* Sets the exception that a call returned. Takes the reference; NULL: the call has set one itself. */
+static void *raise_object(PyObject *error) {
+    if (error) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    }
+    return NULL;
+}
+
+/* 1 with the number, 0 if the object is no number of bytes, whose error the caller lets Python find words for. */
+static int as_number(PyObject *object, size_t *out) {
+    PyObject *index = NULL;
+    if (!PyLong_CheckExact(object)) {
+        index = PyBool_Check(object) ? NULL : PyNumber_Index(object);
+        if (!index) {
+            PyErr_Clear();
+            return 0;
+        }
+        object = index;
+    }
+    *out = PyLong_AsSize_t(object);
+    Py_XDECREF(index);
+    if (*out == (size_t)-1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        return 0;
+    }
+    return 1;
+}
+
+/* For finalizers: an exception that is on its way stays, and none is added. */
+static void leave_for_later(PyObject *later, PyObject *subject, unsigned long long address) {
+    PyObject *kind, *error, *trace;
+    PyErr_Fetch(&kind, &error, &trace);
+    PyObject *done = subject ? PyObject_CallFunction(later, "OK", subject, address) : NULL;
+    if (!done) {
+        PyErr_Clear(); /* an interpreter that has taken itself apart: the process ends, and the memory with it */
+    }
+    Py_XDECREF(done);
+    PyErr_Restore(kind, error, trace);
+}
+
+/* ---- Core --------------------------------------------------------------------------------------------------------------------------------- */
+
+PyDoc_STRVAR(core_doc, "Core(later, /)\n--\n\nAn arena of the C core. later(core, address) and later(id, 0) are called by finalizers.");
+
+static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *names) {
+    PyObject *later;
+    if (names && PyDict_Size(names)) {
+        return PyErr_Format(PyExc_TypeError, "Core() takes no keyword arguments");
+    }
+    if (!PyArg_ParseTuple(arguments, "O", &later)) {
+        return NULL;
+    }
+    Core *self = (Core *)PyType_GenericAlloc(type, 0);
+    if (self) {
+        self->later = Py_NewRef(later);
+    }
+    return (PyObject *)self;
+}
+
+static void core_dealloc(Core *self) {
+    if (self->id && self->later) {
+        PyObject *id = PyLong_FromUnsignedLongLong(self->id);
+        leave_for_later(self->later, id, 0);
+        Py_XDECREF(id);
+    }
+    Py_XDECREF(self->later);
+    end_object(self);
+}
+
+PyDoc_STRVAR(core_open_doc, "open($self, options, /)\n--\n\nOpen it, by the address of its options; 0 or a negative errno.");
+
+static PyObject *core_open(Core *self, PyObject *argument) {
+    int rc;
+    unsigned long long address = PyLong_AsUnsignedLongLong(argument);
+    if (address == (unsigned long long)-1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    const struct uvas_arena_options *options = (const struct uvas_arena_options *)(uintptr_t)address;
+    Py_BEGIN_ALLOW_THREADS
+    rc = uvas_arena_open(options, &self->id);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLong(rc);
+}
+
+PyDoc_STRVAR(core_close_doc, "close($self, /)\n--\n\nClose it; 0 or a negative errno.");
+
+static PyObject *core_close(Core *self, PyObject *unused) {
+    (void)unused;
+    int rc;
+    int open = 0;
+    uvas_id id = self->id;
+    if (!atomic_compare_exchange_strong(&self->closing, &open, 1)) { /* by another thread at this moment, say */
+        return PyLong_FromLong(-ESTALE);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    rc = uvas_arena_close(id);
+    Py_END_ALLOW_THREADS
+    if (rc == 0) {
+        self->id = 0;
+    } else {
+        atomic_store(&self->closing, 0);
+    }
+    return PyLong_FromLong(rc);
+}
+
+PyDoc_STRVAR(core_retire_doc, "retire($self, /)\n--\n\nHand out no more blocks, and close it when the last one goes.");
+
+static PyObject *core_retire(Core *self, PyObject *unused) {
+    (void)unused;
+    atomic_store(&self->retired, 1);
+    atomic_store(&self->closing, 1);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(core_settle_doc, "settle($self, address, /)\n--\n\nGive back a block that a finalizer left; 0 or a negative errno.");
+
+static PyObject *core_settle(Core *self, PyObject *argument) {
+    int rc;
+    uvas_id id = self->id;
+    unsigned long long address = PyLong_AsUnsignedLongLong(argument);
+    if (address == (unsigned long long)-1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    atomic_fetch_sub(&self->owed, 1);
+    Py_BEGIN_ALLOW_THREADS
+    rc = uvas_free(id, (uintptr_t)address);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLong(rc);
+}
+
+PyDoc_STRVAR(core_use_doc, "use($self, difference, /)\n--\n\nCount an allocator of NumPy's that asks this arena for memory, or one less; they then are.");
+
+static PyObject *core_use(Core *self, PyObject *argument) {
+    long difference = PyLong_AsLong(argument);
+    if (difference == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    size_t users = atomic_fetch_add(&self->users, (size_t)difference) + (size_t)difference;
+    if (difference < 0 && atomic_load(&self->retired)) {
+        PyObject *id = PyLong_FromUnsignedLongLong(self->id);
+        leave_for_later(self->later, id, 0);
+        Py_XDECREF(id);
+    }
+    return PyLong_FromSize_t(users);
+}
+
+static PyObject *core_closing(Core *self, void *unused) {
+    (void)unused;
+    return PyBool_FromLong(atomic_load(&self->closing));
+}
+
+static PyMethodDef core_methods[] = {
+    {"open", (PyCFunction)core_open, METH_O, core_open_doc},
+    {"close", (PyCFunction)core_close, METH_NOARGS, core_close_doc},
+    {"retire", (PyCFunction)core_retire, METH_NOARGS, core_retire_doc},
+    {"settle", (PyCFunction)core_settle, METH_O, core_settle_doc},
+    {"use", (PyCFunction)core_use, METH_O, core_use_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef core_members[] = {
+    {"id", T_ULONGLONG, offsetof(Core, id), READONLY, "The handle; 0: not open."},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef core_getset[] = {
+    {"closing", (getter)core_closing, NULL, "Whether it hands out no more blocks.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot core_slots[] = {
+    {Py_tp_doc, (void *)core_doc},         {Py_tp_new, (void *)core_new},         {Py_tp_dealloc, (void *)core_dealloc},
+    {Py_tp_methods, (void *)core_methods}, {Py_tp_members, (void *)core_members}, {Py_tp_getset, (void *)core_getset},
+    {0, NULL},
+};
+
+static PyType_Spec core_spec = {"uvas._core._allocation.Core", sizeof(Core), 0, Py_TPFLAGS_DEFAULT, core_slots};
+
+/* ---- Block -------------------------------------------------------------------------------------------------------------------------------- */
+
+/* A block without memory yet. */
+static Block *block_make(PyTypeObject *type, Core *core) {
+    Block *self = PyObject_Malloc(sizeof *self);
+    if (!self) {
+        return (Block *)PyErr_NoMemory();
+    }
+    (void)PyObject_Init((PyObject *)self, type);
+    self->core = (Core *)Py_NewRef((PyObject *)core);
+    self->base = self->size = 0;
+    self->references = NULL;
+    atomic_init(&self->state, 0);
+    return self;
+}
+
+static PyObject *block_new(PyTypeObject *type, PyObject *arguments, PyObject *names) {
+    (void)arguments;
+    (void)names;
+    return PyErr_Format(PyExc_TypeError, "%R is made by an arena's alloc", type);
+}
+
+/* Whoever made the state FREED gives the memory back: with the GIL, or without it where that waits. */
+static int give_back(Block *self) {
+    uvas_id id = self->core->id;
+    uintptr_t address = (uintptr_t)self->base;
+    int rc = uvas_free_try(id, address);
+    if (rc == -EAGAIN) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = uvas_free(id, address);
+        Py_END_ALLOW_THREADS
+    }
+    return rc;
+}
+
+/* The same for finalizers, which leave it to others where it waits. */
+static void give_back_or_owe(Block *self) {
+    Core *core = self->core;
+    if (uvas_free_try(core->id, (uintptr_t)self->base) == -EAGAIN) {
+        atomic_fetch_add(&core->owed, 1);
+        leave_for_later(core->later, (PyObject *)core, self->base);
+    }
+}
+
+/* After a block of an arena that was left by `with` has gone: it may have been the last. */
+static void close_if_last(Core *core) {
+    if (atomic_load_explicit(&core->retired, memory_order_relaxed)) {
+        PyObject *id = PyLong_FromUnsignedLongLong(core->id);
+        leave_for_later(core->later, id, 0);
+        Py_XDECREF(id);
+    }
+}
+
+static void block_dealloc(Block *self) {
+    Core *core = self->core;
+    if (self->references) {
+        PyObject_ClearWeakRefs((PyObject *)self);
+    }
+    if (core) {
+        if (self->base && !(atomic_load_explicit(&self->state, memory_order_acquire) & FREED)) { /* no hold lives: each has a reference */
+            give_back_or_owe(self);
+            close_if_last(core);
+        }
+        Py_DECREF((PyObject *)core);
+    }
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    PyObject_Free(self);
+    Py_DECREF((PyObject *)type);
+}
+
+/* 1: the caller is to give it back. 0: it has been freed, or is to be. -1: it is held. */
+static int block_end(Block *self) {
+    uint64_t state = 0;
+    if (atomic_compare_exchange_strong(&self->state, &state, FREED)) {
+        return 1;
+    }
+    return state & (FREED | RETIRED) ? 0 : -1;
+}
+
+PyDoc_STRVAR(block_free_doc, "free($self, /)\n--\n\n"
+                             "Give the memory back to the arena, exactly once.\n\n"
+                             "Raises\n------\n"
+                             "BufferError\n    An array over it lives.\n"
+                             "ReleasedError\n    It has been freed, or was left by ``with``.");
+
+static PyObject *block_free(Block *self, PyObject *unused) {
+    (void)unused;
+    int ended = block_end(self);
+    if (ended < 0) {
+        PyGC_Collect(); /* cycles may hold an array that nobody can reach */
+        ended = block_end(self);
+    }
+    if (ended == 0) {
+        return raise_object(PyObject_CallMethod((PyObject *)self, "_dead", NULL));
+    }
+    if (ended < 0) {
+        uint64_t holds = atomic_load(&self->state) & HOLDS;
+        PyObject *name = PyObject_Repr((PyObject *)self);
+        if (name) {
+            PyErr_Format(PyExc_BufferError, "%U is not freed under %llu live %s", name, (unsigned long long)holds, holds == 1 ? "array" : "arrays");
+            Py_DECREF(name);
+        }
+        return NULL;
+    }
+    int rc = give_back(self);
+    close_if_last(self->core);
+    if (rc < 0) {
+        return raise_object(PyObject_CallMethod((PyObject *)self, "_failed", "i", rc));
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(block_retire_doc, "retire($self, /)\n--\n\nFree it now, or, where an array over it lives, when the last one goes.");
+
+static PyObject *block_retire(Block *self, PyObject *unused) {
+    (void)unused;
+    if (block_end(self) < 0) {
+        PyGC_Collect();
+    }
+    uint64_t state = atomic_load(&self->state), next;
+    do {
+        if (state & (FREED | RETIRED)) {
+            Py_RETURN_NONE;
+        }
+        next = state & HOLDS ? state | RETIRED : FREED;
+    } while (!atomic_compare_exchange_weak(&self->state, &state, next));
+    if (next == FREED) {
+        int rc = give_back(self);
+        close_if_last(self->core);
+        if (rc < 0) {
+            return raise_object(PyObject_CallMethod((PyObject *)self, "_failed", "i", rc));
+        }
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *block_freed(Block *self, void *unused) {
+    (void)unused;
+    return PyBool_FromLong((atomic_load(&self->state) & (FREED | RETIRED)) != 0);
+}
+
+static PyObject *block_holds(Block *self, void *unused) {
+    (void)unused;
+    return PyLong_FromUnsignedLongLong(atomic_load(&self->state) & HOLDS);
+}
+
+static PyObject *block_arena_id(Block *self, void *unused) {
+    (void)unused;
+    return PyLong_FromUnsignedLongLong(self->core->id);
+}
+
+static PyMethodDef block_methods[] = {
+    {"free", (PyCFunction)block_free, METH_NOARGS, block_free_doc},
+    {"retire", (PyCFunction)block_retire, METH_NOARGS, block_retire_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef block_members[] = {
+    {"base", T_ULONGLONG, offsetof(Block, base), READONLY, "The lowest address."},
+    {"size", T_ULONGLONG, offsetof(Block, size), READONLY, "Bytes, as asked for."},
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Block, references), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef block_getset[] = {
+    {"freed", (getter)block_freed, NULL, "Whether it has been freed, or left by ``with``.", NULL},
+    {"holds", (getter)block_holds, NULL, "How many arrays over it live; views of an array count as one with it.", NULL},
+    {"arena_id", (getter)block_arena_id, NULL, "The handle of its arena.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+PyDoc_STRVAR(block_doc, "A block of an arena: ``[base, base + size)``. Made by `Arena.alloc`.\n\n"
+                        "It is freed by `free`, at the end of a ``with`` block, or when neither it nor any array over it lives. As a context\n"
+                        "manager it is freed at the end; under a live array it then refuses new ones and is freed when the last one goes.");
+
+static PyType_Slot block_slots[] = {
+    {Py_tp_doc, (void *)block_doc},         {Py_tp_new, (void *)block_new},         {Py_tp_dealloc, (void *)block_dealloc},
+    {Py_tp_methods, (void *)block_methods}, {Py_tp_members, (void *)block_members}, {Py_tp_getset, (void *)block_getset},
+    {0, NULL},
+};
+
+static PyType_Spec block_spec = {"uvas.arena.Allocation", sizeof(Block), 0, Py_TPFLAGS_DEFAULT, block_slots};
+
+/* ---- Allocator ---------------------------------------------------------------------------------------------------------------------------- */
+
+static int allocator_init(Allocator *self, PyObject *arguments, PyObject *names) {
+    PyObject *core, *block_type;
+    if (names && PyDict_Size(names)) {
+        PyErr_SetString(PyExc_TypeError, "Allocator() takes no keyword arguments");
+        return -1;
+    }
+    if (!PyArg_ParseTuple(arguments, "OO!", &core, &PyType_Type, &block_type)) {
+        return -1;
+    }
+    if (self->core || !derives_from(Py_TYPE(core), (destructor)core_dealloc) ||
+        (destructor)PyType_GetSlot((PyTypeObject *)block_type, Py_tp_dealloc) != (destructor)block_dealloc) {
+        PyErr_SetString(PyExc_TypeError, "an Allocator takes a Core and the type of blocks, once");
+        return -1;
+    }
+    self->block_type = (PyTypeObject *)Py_NewRef(block_type);
+    self->core = (Core *)Py_NewRef(core);
+    return 0;
+}
+
+static void allocator_dealloc(Allocator *self) {
+    Py_XDECREF((PyObject *)self->core);
+    Py_XDECREF((PyObject *)self->block_type);
+    end_object(self);
+}
+
+static PyObject *refuse(Allocator *self, PyObject *size, PyObject *align) {
+    return raise_object(PyObject_CallMethod((PyObject *)self, "_refusal", "OO", size, align ? align : Py_None));
+}
+
+static PyObject *fail(Allocator *self, int rc, size_t size) {
+    return raise_object(PyObject_CallMethod((PyObject *)self, "_failed", "in", rc, (Py_ssize_t)size));
+}
+
+/* What finalizers owe comes first. -1 with an exception set, also where there are no more blocks to be had. */
+static int prepare(Allocator *self) {
+    Core *core = self->core;
+    if (core && !atomic_load_explicit(&core->closing, memory_order_relaxed)) {
+        if (!atomic_load_explicit(&core->owed, memory_order_relaxed)) {
+            return 0;
+        }
+        PyObject *done = PyObject_CallMethod((PyObject *)self, "_work_off", NULL);
+        Py_XDECREF(done);
+        return done ? 0 : -1;
+    }
+    raise_object(PyObject_CallMethod((PyObject *)self, "_dead", NULL));
+    return -1;
+}
+
+/* The arguments of alloc(size, *, align=16); 0, or -1 with an exception set. */
+static int alloc_arguments(PyObject *const *arguments, Py_ssize_t count, PyObject *names, PyObject **size, PyObject **align) {
+    Py_ssize_t named = names ? PyTuple_Size(names) : 0;
+    *size = count == 1 ? arguments[0] : NULL;
+    *align = NULL;
+    for (Py_ssize_t i = 0; i < named; i++) {
+        PyObject *name = PyTuple_GetItem(names, i), *value = arguments[count + i];
+        if (PyUnicode_CompareWithASCIIString(name, "align") == 0) {
+            *align = value;
+        } else if (!*size && count == 0 && PyUnicode_CompareWithASCIIString(name, "size") == 0) {
+            *size = value;
+        } else {
+            PyErr_Format(PyExc_TypeError, "alloc() got an unexpected keyword argument %R", name);
+            return -1;
+        }
+    }
+    if (!*size || count > 1) {
+        PyErr_Format(PyExc_TypeError, "alloc() takes one size, not %zd positional arguments", count);
+        return -1;
+    }
+    return 0;
+}
+
+PyDoc_STRVAR(alloc_doc, "alloc($self, size, *, align=16)\n--\n\n"
+                        "Return a block of memory, or of bare addresses.\n\n"
+                        "Parameters\n----------\n"
+                        "size\n    Bytes, at least 1. Contents are undefined.\n"
+                        "align\n    A power of two up to 1 GiB that the base is a multiple of.\n\n"
+                        "Returns\n-------\n"
+                        "Allocation\n    Freed by its `Allocation.free`, by ``with``, or when neither it nor an array over it lives.\n\n"
+                        "Raises\n------\n"
+                        "ValueError\n    A number that cannot be: the message shows it. Raised before any system call.\n"
+                        "TypeError\n    It is no integer.\n"
+                        "OutOfMemoryError\n    The limit is reached, or the host has no memory.\n"
+                        "AddressSpaceExhaustedError\n    No hole is large enough, and the arena may not grow or there is no room to.\n"
+                        "LimitReachedError\n    A limit of this process stands against it.\n"
+                        "ReleasedError\n    The arena has been closed.\n\n"
+                        "Notes\n-----\n"
+                        "Keeps the GIL, unless it has to wait. O(log n) in the number of holes, and O(1) for small sizes.");
+
+static PyObject *allocator_alloc(Allocator *self, PyObject *const *arguments, Py_ssize_t count, PyObject *names) {
+    PyObject *asked_size = NULL, *asked_align = NULL;
+    size_t size, align = 0;
+    if (alloc_arguments(arguments, count, names, &asked_size, &asked_align) < 0) {
+        return NULL;
+    }
+    if (!as_number(asked_size, &size) || size == 0 || (asked_align && !as_number(asked_align, &align)) || (asked_align && align == 0) ||
+        (align & (align - 1)) || align > ALIGN_MAX) {
+        return refuse(self, asked_size, asked_align);
+    }
+    if (prepare(self) < 0) {
+        return NULL;
+    }
+    Block *block = block_make(self->block_type, self->core);
+    if (!block) {
+        return NULL;
+    }
+    uvas_id id = self->core->id;
+    uintptr_t base = 0;
+    int rc = uvas_alloc_try(id, size, align, &base);
+    if (rc == -EAGAIN) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = uvas_alloc(id, size, align, &base);
+        Py_END_ALLOW_THREADS
+    }
+    if (rc < 0) {
+        PyObject *failed = fail(self, rc, size);
+        Py_DECREF((PyObject *)block);
+        return failed;
+    }
+    block->base = base;
+    block->size = size;
+    return (PyObject *)block;
+}
+
+/* A list of blocks for memory that has been allocated, or NULL: then the memory is given back. */
+static PyObject *blocks_make(Allocator *self, const uintptr_t *bases, const size_t *sizes, Py_ssize_t count) {
+    PyObject *blocks = PyList_New(count);
+    Py_ssize_t made = 0;
+    for (; blocks && made < count; made++) {
+        Block *block = block_make(self->block_type, self->core);
+        if (!block) {
+            break;
+        }
+        block->base = bases[made];
+        block->size = sizes[made];
+        (void)PyList_SetItem(blocks, made, (PyObject *)block); /* a new list that nobody else has: cannot fail */
+    }
+    if (made == count) {
+        return blocks;
+    }
+    Py_XDECREF(blocks);
+    uvas_id id = self->core->id;
+    Py_BEGIN_ALLOW_THREADS
+    for (; made < count; made++) {
+        (void)uvas_free(id, bases[made]);
+    }
+    Py_END_ALLOW_THREADS
+    return NULL;
+}
+
+PyDoc_STRVAR(alloc_many_doc, "alloc_many($self, sizes, /)\n--\n\n"
+                             "Return a list of blocks, one for each size: all of them or none.\n\n"
+                             "Raises\n------\n"
+                             "ValueError, TypeError, OutOfMemoryError, AddressSpaceExhaustedError, LimitReachedError, ReleasedError\n"
+                             "    As `alloc`.\n\n"
+                             "Notes\n-----\n"
+                             "Gives the GIL up once.");
+
+static PyObject *allocator_alloc_many(Allocator *self, PyObject *asked) {
+    PyObject *list = PySequence_List(asked);
+    if (!list || prepare(self) < 0) {
+        Py_XDECREF(list);
+        return NULL;
+    }
+    Py_ssize_t count = PyList_Size(list);
+    PyObject *blocks = NULL;
+    if ((size_t)count > PY_SSIZE_T_MAX / (2 * sizeof(size_t))) { /* no list is that long */
+        Py_DECREF(list);
+        return PyErr_NoMemory();
+    }
+    size_t *sizes = PyMem_Malloc((size_t)(count ? count : 1) * (sizeof *sizes + sizeof(uintptr_t)));
+    if (!sizes) {
+        Py_DECREF(list);
+        return PyErr_NoMemory();
+    }
+    uintptr_t *bases = (uintptr_t *)(sizes + count);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *size = PyList_GetItem(list, i);
+        if (!as_number(size, sizes + i) || sizes[i] == 0) {
+            refuse(self, size, NULL);
+            goto end;
+        }
+    }
+    int rc = 0;
+    uvas_id id = self->core->id;
+    if (count) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = uvas_alloc_many(id, sizes, (size_t)count, bases);
+        Py_END_ALLOW_THREADS
+    }
+    if (rc == 0) {
+        blocks = blocks_make(self, bases, sizes, count);
+    } else {
+        size_t total = 0;
+        for (Py_ssize_t i = 0; i < count; i++) {
+            total += sizes[i];
+        }
+        fail(self, rc, total);
+    }
+end:
+    PyMem_Free(sizes);
+    Py_DECREF(list);
+    return blocks;
+}
+
+static PyMethodDef allocator_methods[] = {
+    {"alloc", (PyCFunction)(void (*)(void))allocator_alloc, METH_FASTCALL | METH_KEYWORDS, alloc_doc},
+    {"alloc_many", (PyCFunction)allocator_alloc_many, METH_O, alloc_many_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef allocator_members[] = {
+    {"_core", T_OBJECT, offsetof(Allocator, core), READONLY, "The arena in C."},
+    {NULL, 0, 0, 0, NULL},
+};
+
+PyDoc_STRVAR(allocator_doc, "Allocator(core, block_type, /)\n--\n\nWhat hands out blocks of an arena.");
+
+static PyType_Slot allocator_slots[] = {
+    {Py_tp_doc, (void *)allocator_doc},         {Py_tp_init, (void *)allocator_init},       {Py_tp_dealloc, (void *)allocator_dealloc},
+    {Py_tp_methods, (void *)allocator_methods}, {Py_tp_members, (void *)allocator_members}, {0, NULL},
+};
+
+static PyType_Spec allocator_spec = {"uvas._core._allocation.Allocator", sizeof(Allocator), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+                                     allocator_slots};
+
+/* ---- Hold --------------------------------------------------------------------------------------------------------------------------------- */
+
+PyDoc_STRVAR(hold_doc, "Hold(block, offset, size, /)\n--\n\nBytes of a block, for NumPy; while it lives the block is not freed.");
+
+static PyObject *hold_new(PyTypeObject *type, PyObject *arguments, PyObject *names) {
+    Block *block;
+    unsigned long long offset, size;
+    if (names && PyDict_Size(names)) {
+        return PyErr_Format(PyExc_TypeError, "Hold() takes no keyword arguments");
+    }
+    if (!PyArg_ParseTuple(arguments, "OKK", &block, &offset, &size)) {
+        return NULL;
+    }
+    if (!derives_from(Py_TYPE((PyObject *)block), (destructor)block_dealloc)) {
+        return PyErr_Format(PyExc_TypeError, "Hold() takes a Block");
+    }
+    if (offset > block->size || size > block->size - offset) {
+        return PyErr_Format(PyExc_ValueError, "%llu bytes from offset %llu are not inside a block of %llu", size, offset, block->size);
+    }
+    Hold *self = (Hold *)PyType_GenericAlloc(type, 0);
+    if (!self) {
+        return NULL;
+    }
+    uint64_t state = atomic_load(&block->state);
+    do {
+        if (state & (FREED | RETIRED)) {
+            Py_DECREF((PyObject *)self);
+            return raise_object(PyObject_CallMethod((PyObject *)block, "_dead", NULL));
+        }
+    } while (!atomic_compare_exchange_weak(&block->state, &state, state + 1));
+    self->block = (Block *)Py_NewRef((PyObject *)block);
+    self->address = block->base + offset;
+    self->size = size;
+    return (PyObject *)self;
+}
+
+static void hold_dealloc(Hold *self) {
+    Block *block = self->block;
+    if (block) {
+        /* The last hold of a retired block frees it: nobody adds one any more. */
+        if (atomic_fetch_sub(&block->state, 1) == (RETIRED | 1)) {
+            atomic_store(&block->state, RETIRED | FREED);
+            give_back_or_owe(block);
+            close_if_last(block->core);
+        }
+        Py_DECREF((PyObject *)block);
+    }
+    end_object(self);
+}
+
+static PyObject *hold_interface(Hold *self, void *unused) {
+    (void)unused;
+    return Py_BuildValue("{s:i,s:(K),s:s,s:(KO)}", "version", 3, "shape", self->size, "typestr", "|u1", "data", self->address, Py_False);
+}
+
+static PyMemberDef hold_members[] = {
+    {"allocation", T_OBJECT, offsetof(Hold, block), READONLY, "The block."},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef hold_getset[] = {
+    {"__array_interface__", (getter)hold_interface, NULL, "The bytes, for NumPy.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot hold_slots[] = {
+    {Py_tp_doc, (void *)hold_doc},         {Py_tp_new, (void *)hold_new},       {Py_tp_dealloc, (void *)hold_dealloc},
+    {Py_tp_members, (void *)hold_members}, {Py_tp_getset, (void *)hold_getset}, {0, NULL},
+};
+
+static PyType_Spec hold_spec = {"uvas._core._allocation.Hold", sizeof(Hold), 0, Py_TPFLAGS_DEFAULT, hold_slots};
+
+/* ---- the module --------------------------------------------------------------------------------------------------------------------------- */
+
+static int add_type(PyObject *module, PyType_Spec *spec) {
+    PyObject *type = PyType_FromSpec(spec);
+    int rc = type ? PyModule_AddType(module, (PyTypeObject *)type) : -1;
+    Py_XDECREF(type);
+    return rc;
+}
+
+static int execute(PyObject *module) {
+    PyType_Spec *specs[] = {&core_spec, &block_spec, &allocator_spec, &hold_spec};
+    for (size_t i = 0; i < sizeof specs / sizeof *specs; i++) {
+        if (add_type(module, specs[i]) < 0) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, (void *)execute},
+#ifdef Py_GIL_DISABLED
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "uvas._core._allocation",
+    .m_doc = "Blocks of an arena as Python objects.",
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__allocation(void) {
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,697 @@
+"""Blocks of any size inside reservations: arenas, and the allocations that they hand out.
+
+The work is done in C: `uvas.h` has the arena's contract, ``_core/_allocation.c`` the objects. What the C core keeps of
+the blocks lies apart from their memory, which may be on a device, protected, or not there at all.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from errno import EBUSY, EDQUOT, ENOMEM, ENOSPC, ESTALE
+from itertools import count
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from uvas._core import allocation as core
+from uvas._core import fast, ffi, lib
+from uvas._core._allocation import Allocation as Allocation
+from uvas.devices.adapter import raise_answer
+from uvas.devices.transport import address_of
+from uvas.errors import OutOfMemoryError, ReleasedError
+from uvas.leases import enqueue, generation, live, represent, start_reaper, work_off
+from uvas.ranges import Range
+from uvas.reports import AllocationInfo, ArenaStats
+from uvas.reservation import Reservation, as_elements, as_size
+from uvas.space import AddressSpace
+
+Backing = Literal["auto", "none"]
+Pages = Literal["any", "transparent", "huge"]
+Guard = Literal["none", "large"]
+Freed = Literal["kept", "poisoned"]
+
+_BACKINGS: dict[str, int] = {"auto": 0, "none": lib.UVAS_ARENA_BARE}
+_PAGES: dict[str, int] = {
+    "any": lib.UVAS_PAGES_ANY,
+    "transparent": lib.UVAS_PAGES_TRANSPARENT,
+    "huge": lib.UVAS_PAGES_HUGE,
+}
+_GUARDS: dict[str, int] = {"none": 0, "large": lib.UVAS_ARENA_GUARD}
+_FREED: dict[str, int] = {"kept": 0, "poisoned": lib.UVAS_ARENA_POISON}
+_LARGEST_ALIGNMENT = 1 << 30
+_NEVER = (1 << 64) - 1
+
+_arenas: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
+"""The open arenas of the process, by handle."""
+_asked: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
+"""Those with somebody to ask when they are exhausted, by what C knows them by."""
+_keys = count(1)
+
+os.register_at_fork(after_in_child=_arenas.clear)
+
+
+class _Methods(Allocation if TYPE_CHECKING else object):  # type: ignore[misc]  # final for everybody else
+    """What `Allocation`, which is written in C, has beside the methods for which speed matters."""
+
+    @property
+    def end(self) -> int:
+        """The first address after it."""
+        end: int = self.base + self.size
+        return end
+
+    @property
+    def range(self) -> Range:
+        """Base and size as a value."""
+        return Range(self.base, self.size)
+
+    @property
+    def arena(self) -> Arena | None:
+        """The arena that it is from; None if that object is gone (its memory then stays as long as this block)."""
+        return _arenas.get(self.arena_id)
+
+    def numpy(
+        self, dtype: npt.DTypeLike, shape: int | Iterable[int] | None = None, *, offset: int = 0
+    ) -> npt.NDArray[Any]:
+        """Return an array over the memory itself; the block stays as long as any view of it lives.
+
+        Parameters
+        ----------
+        dtype
+            Of the elements; none with Python objects in it.
+        shape
+            By default one dimension, with as many elements as fit from `offset` to the end.
+        offset
+            Of the first element, bytes.
+
+        Returns
+        -------
+        numpy.ndarray
+            In C order. What it holds at first is undefined.
+
+        Raises
+        ------
+        ValueError
+            It does not fit, or the arena hands out bare addresses.
+        TypeError
+            The elements hold Python objects, whose pointers mean nothing to anybody else.
+        ReleasedError
+            It has been freed, or was left by ``with``.
+        """
+        start = as_size("offset", offset)
+        kind, dimensions, size = as_elements(dtype, shape, start, self.size)
+        arena = self.arena
+        if arena is not None and arena.backing == "none":
+            raise ValueError(f"{self!r} is bare addresses: make arrays with the numpy of the reservation around it")
+        return np.ndarray(dimensions, kind, buffer=np.asarray(core.Hold(self, start, size)))
+
+    def _dead(self) -> ReleasedError:
+        return ReleasedError(f"{self!r} is no more")
+
+    def _failed(self, code: int) -> BaseException:
+        return raise_answer(code)
+
+    def __enter__(self) -> Self:
+        if self.freed:
+            raise self._dead()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.retire()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} cannot be pickled or copied: addresses belong to one process")
+
+    def __repr__(self) -> str:
+        arena = self.arena
+        of = f" of {arena.name!r}" if arena is not None else ""
+        return f"<Allocation [{self.base:#x}, {self.end:#x}){of}{', freed' if self.freed else ''}>"
+
+
+for _name, _method in vars(_Methods).items():
+    if _name not in ("__module__", "__doc__", "__dict__", "__weakref__"):
+        setattr(Allocation, _name, _method)
+
+
+class Region(Reservation):
+    """A reservation that an arena has made for itself, as `uvas.find` shows it; the arena ends it."""
+
+    __slots__ = ("_arena",)
+
+    def __init__(self, space: AddressSpace, arena: Arena, found: Any) -> None:
+        super().__init__(space, arena.name)
+        self._arena = weakref.ref(arena)
+        self._cell.id, self._cell.base, self._cell.size = found.id, found.base, found.size
+        self._settle()
+
+    def _unleased(self, call: Callable[[], int], start: int, size: int) -> None:
+        arena = self._arena()
+        if arena is None or arena.backing == "auto":
+            raise ValueError(f"{self!r} is an arena's, which alone commits, decommits and maps in it")
+        super()._unleased(call, start, size)
+
+    def commit(
+        self, offset: int = 0, size: int | None = None, *, protection: str = "rw", populate: bool = False
+    ) -> None:
+        """Commit a part of it, which only an arena of bare addresses leaves to others; see `Reservation.commit`."""
+        arena = self._arena()
+        if arena is None or arena.backing == "auto":
+            raise ValueError(f"{self!r} is an arena's, which alone commits in it")
+        super().commit(offset, size, protection=protection, populate=populate)
+
+    def release(self) -> NoReturn:
+        """Refuse: the arena releases it, when it closes."""
+        raise ValueError(f"{self!r} is an arena's, which releases it when it closes")
+
+    def retire(self) -> None:
+        """Do nothing: the arena ends it."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def __del__(self) -> None:
+        live.pop(self._cell.id, None)
+
+
+class _Later:
+    """What finalizers call: they leave blocks to be freed, and an arena to be closed after its last block."""
+
+    __slots__ = ("_home",)
+
+    def __init__(self, home: AddressSpace | Reservation) -> None:
+        self._home = home
+
+    def __call__(self, subject: Any, address: int) -> None:
+        if address:
+            enqueue((subject.settle, address, subject))
+        else:
+            enqueue((lib.uvas_arena_close, subject, self._home))
+            for errand in self._home.when_unused():
+                enqueue(errand)
+
+
+class Measurement:
+    """What has been allocated in an arena since `Arena.measure` began, by all threads.
+
+    Inside the ``with`` block the numbers go on, at its end they stand still.
+    """
+
+    __slots__ = ("_arena", "_floor", "_now", "_start")
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._start = arena.stats()
+        self._floor = arena._restart_peak(0)
+        self._now: ArenaStats | None = None
+
+    def _end(self) -> None:
+        self._now = self._arena.stats()
+        self._arena._restart_peak(max(self._floor, self._now.peak_bytes))
+
+    def _stats(self) -> ArenaStats:
+        return self._now or self._arena.stats()
+
+    @property
+    def allocations(self) -> int:
+        """Blocks allocated, freed or not."""
+        return self._stats().total_blocks - self._start.total_blocks
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Of those blocks."""
+        return self._stats().total_bytes - self._start.total_bytes
+
+    @property
+    def live_blocks(self) -> int:
+        """How many more live than at the beginning."""
+        return self._stats().live_blocks - self._start.live_blocks
+
+    @property
+    def live_bytes(self) -> int:
+        """Of the blocks that live, how many more bytes than at the beginning."""
+        return self._stats().live_bytes - self._start.live_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes of pages that were in use at once beyond those in use at the beginning."""
+        return max(0, self._stats().peak_bytes - self._start.used_bytes)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Measurement: {self.allocations} allocations of {self.allocated_bytes:#x} bytes, "
+            f"{self.peak_bytes:#x} more in use at the peak, {self.live_blocks} of {self.live_bytes:#x} bytes live>"
+        )
+
+
+class _Measuring:
+    """The context manager of `Arena.measure`."""
+
+    __slots__ = ("_arena", "_measurements")
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._measurements: list[Measurement] = []
+
+    def __enter__(self) -> Measurement:
+        self._measurements.append(Measurement(self._arena))
+        return self._measurements[-1]
+
+    def __exit__(self, *exception: object) -> None:
+        measurement = self._measurements.pop()
+        if not self._arena.closed:
+            measurement._end()
+
+
+class Arena(core.Allocator):
+    """An allocator over addresses that mean the same on the host and on every device.
+
+    It commits memory as it needs it, and gives back what nobody has used for a while; or it hands out bare addresses.
+    Allocating, freeing and looking up never touch the memory. Any thread may free a block.
+
+    As a context manager it is closed at the end; under a live allocation it then hands out no more and closes when the
+    last one goes.
+
+    Parameters
+    ----------
+    home
+        An `AddressSpace`, of which it takes reservations as it grows; or a `Reservation`, in which it lives and never
+        grows, and in which nothing else may be committed.
+    backing
+        "auto": memory, as the space has it. "none": bare addresses; whoever gets a block maps behind it what he likes.
+    limit
+        Bytes of whole pages that its blocks may take; None: no limit.
+    name
+        For messages.
+    pages
+        What the memory is made of. "any": as the kernel likes. "transparent": transparent huge pages where the kernel
+        can. "huge": pages of 2 MiB that the administrator has set aside.
+    node
+        The NUMA node whose memory it is; None: any.
+    guard
+        "large": after every large block a page that faults.
+    freed
+        What becomes of a block's bytes. "poisoned": they are overwritten when it is freed, which touches them.
+    growth
+        Bytes of addresses that it takes of a space at once; None: what suits most.
+    idle
+        Seconds after which unused memory is given back; `math.inf`: never.
+    exhausted
+        Asked, with the size, before an allocation fails for want of memory or room: it may free something, and returns
+        whether to try once more. What it raises, `alloc` raises; NumPy's allocations then fail with `MemoryError`.
+
+    Raises
+    ------
+    ValueError
+        There is no such option, or a number cannot be.
+    TypeError
+        `home` is neither a space nor a reservation.
+    NotSupportedError
+        There are no such pages or no such node here; the message says what would help.
+    AddressSpaceExhaustedError, LimitReachedError, OutOfMemoryError
+        There is no room or no memory for its first addresses.
+    ReleasedError
+        `home` has been closed or released.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_backing",
+        "_errors",
+        "_exhausted",
+        "_generation",
+        "_home",
+        "_key",
+        "_name",
+        "_regions",
+    )
+
+    def __init__(
+        self,
+        home: AddressSpace | Reservation,
+        *,
+        backing: Backing = "auto",
+        limit: int | None = None,
+        name: str | None = None,
+        pages: Pages = "any",
+        node: int | None = None,
+        guard: Guard = "none",
+        freed: Freed = "kept",
+        growth: int | None = None,
+        idle: float | None = None,
+        exhausted: Callable[[int], bool] | None = None,
+    ) -> None:
+        self._generation = generation()
+        self._home = home
+        self._name = name if name is not None else "arena"
+        self._backing = backing
+        self._exhausted = exhausted
+        self._errors: dict[int, BaseException] = {}
+        self._regions: dict[int, Region] = {}
+        self._key = next(_keys)
+        label = ffi.new("char[]", self._name.encode())
+        options = ffi.new("struct uvas_arena_options *")
+        options.name = label
+        if isinstance(home, AddressSpace):
+            options.space = home._cell[0]
+        elif isinstance(home, Reservation) and not isinstance(home, Region):
+            options.reservation = home._cell.id
+        else:
+            raise TypeError(f"an arena lives in an AddressSpace or a Reservation, not in {home!r}")
+        if not (options.space or options.reservation):
+            raise ReleasedError(f"{home!r} has no addresses for an arena")
+        options.flags = _choice("backing", backing, _BACKINGS) | _choice("guard", guard, _GUARDS)
+        options.flags |= _choice("freed", freed, _FREED)
+        options.pages = _choice("pages", pages, _PAGES)
+        if node is not None:
+            options.flags |= lib.UVAS_ARENA_BIND
+            options.node = _number("node", node, 0, 1 << 16)
+        if limit is not None:
+            options.limit = _number("limit", limit, 1, 1 << 64)
+        if growth is not None:
+            options.growth = _number("growth", growth, 1, 1 << 64)
+        options.idle_ns = 0 if idle is None else _nanoseconds(idle)
+        if exhausted is not None:
+            options.exhausted, options.context = lib.uvas_py_exhausted, ffi.cast("void *", self._key)
+            _asked[self._key] = self
+        work_off()
+        block_source = core.Core(_Later(home))
+        code = block_source.open(int(ffi.cast("uintptr_t", options)))
+        if code < 0:
+            raise raise_answer(code)
+        super().__init__(block_source, Allocation)
+        _arenas[block_source.id] = self
+
+    # ---- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """What it was called."""
+        return self._name
+
+    @property
+    def backing(self) -> Backing:
+        """What is behind its blocks: "auto" or "none"."""
+        return self._backing
+
+    @property
+    def space(self) -> AddressSpace:
+        """The space whose addresses it hands out."""
+        return self._home if isinstance(self._home, AddressSpace) else self._home.space
+
+    @property
+    def closed(self) -> bool:
+        """Whether it hands out nothing more: closed, left by ``with``, or another process's before a fork."""
+        return self._core is None or self._core.closing or self._generation is not generation()
+
+    # ---- what alloc asks ---------------------------------------------------------------------------------------------
+
+    def _refusal(self, size: object, align: object) -> Exception:
+        """Return what is wrong with numbers that C did not take."""
+        try:
+            if as_size("size", size) == 0:
+                return ValueError("the size is at least 1 byte, not 0x0")
+            if align is not None:
+                alignment = as_size("align", align)
+                if alignment & (alignment - 1) or not 0 < alignment <= _LARGEST_ALIGNMENT:
+                    return ValueError(f"the alignment is a power of two up to 1 GiB, not {alignment:#x}")
+        except (TypeError, ValueError) as error:
+            return error.with_traceback(None)
+        return ValueError(f"no block of {size!r} bytes aligned to {align!r}")
+
+    def _dead(self) -> ReleasedError:
+        return ReleasedError(f"{self!r} hands out nothing more")
+
+    def _work_off(self) -> None:
+        work_off()
+
+    def _failed(self, code: int, size: int) -> BaseException:
+        """Return what to raise for an allocation that C refused."""
+        error = raise_answer(code)
+        raised = self._errors.pop(threading.get_ident(), None)
+        if raised is not None and -code in (ENOMEM, ENOSPC, EDQUOT):
+            raised.__context__ = error
+            return raised
+        if not isinstance(error, OutOfMemoryError) or error.limit is None:
+            return error
+        stats = self.stats()
+        message = (
+            f"{self!r} has no room for {size:#x} bytes: of its limit of {error.limit:#x}, {stats.used_bytes:#x} are in "
+            f"use ({stats.live_blocks} blocks of {stats.live_bytes:#x}); the largest hole has {stats.largest_hole:#x}"
+        )
+        who = f"arena {self._name!r}"
+        return OutOfMemoryError(size, who, error.limit, stats.used_bytes, stats.largest_hole, message=message)
+
+    def _ask(self, size: int) -> bool:
+        """Ask the user's callback. C calls this, on the thread that allocates."""
+        self._errors.pop(threading.get_ident(), None)
+        try:
+            return self._exhausted is not None and bool(self._exhausted(size))
+        except BaseException as error:
+            self._errors[threading.get_ident()] = error
+            return False
+
+    # ---- what it holds -----------------------------------------------------------------------------------------------
+
+    def stats(self) -> ArenaStats:
+        """Return what it holds now and has done so far. O(n) in pages for the resident bytes, otherwise O(1).
+
+        Raises
+        ------
+        ReleasedError
+            It has been closed.
+        """
+        work_off()
+        stats = ffi.new("struct uvas_arena_stats *")
+        self._call(lib.uvas_arena_stats, stats)
+        return ArenaStats(**{name: getattr(stats, name) for name in ArenaStats.__slots__})
+
+    def measure(self) -> _Measuring:
+        """Return a context manager: ``with arena.measure() as used:`` tells what a block of code allocated.
+
+        Allocations of all threads count. Blocks of code may be nested; two that overlap otherwise, in two threads, see
+        each other's peak.
+
+        Raises
+        ------
+        ReleasedError
+            The arena has been closed; at the beginning of the block.
+
+        Examples
+        --------
+        >>> with AddressSpace() as space, Arena(space) as arena:
+        ...     with arena.measure() as used:
+        ...         kept = arena.alloc(1000)
+        ...         arena.alloc(500).free()
+        ...     used.allocations, used.live_blocks
+        ...     kept.free()
+        (2, 1)
+        """
+        return _Measuring(self)
+
+    def _restart_peak(self, floor: int) -> int:
+        was = ffi.new("uint64_t *")
+        self._call(lib.uvas_arena_peak, floor, was)
+        return int(was[0])
+
+    def trim(self) -> int:
+        """Give back what threads keep and the memory of all holes; return its bytes. Addresses stay held.
+
+        Raises
+        ------
+        ReleasedError
+            It has been closed.
+        """
+        work_off()
+        given = ffi.new("uint64_t *")
+        self._call(lib.uvas_arena_trim, given)
+        return int(given[0])
+
+    def check(self) -> None:
+        """Check every invariant, while no thread allocates or frees. O(n).
+
+        Raises
+        ------
+        AssertionError
+            One does not hold; the message says which.
+        ReleasedError
+            It has been closed.
+        """
+        work_off()
+        try:
+            self._call(lib.uvas_arena_check)
+        except ValueError as error:
+            if isinstance(error, ReleasedError):
+                raise
+            raise AssertionError(str(error)) from None
+
+    def _call(self, function: Callable[..., int], *arguments: Any) -> None:
+        if self.closed and not (self._core and self._core.id and self._generation is generation()):
+            raise self._dead()
+        code = function(self._core.id, *arguments)
+        if code < 0:
+            raise raise_answer(code)
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give its reservations back and end it. A second time does nothing.
+
+        Raises
+        ------
+        BufferError
+            Blocks of it live, or NumPy allocates from it: nothing has changed.
+        DeviceError
+            A device did not give a reservation back.
+        ReleasedError
+            It belongs to the process that this one was forked from.
+        """
+        if self._generation is not generation():
+            raise self._dead()
+        if not self._core.id or self._core.closing:
+            return
+        code = self._try_to_close()
+        if code == -EBUSY:
+            stats = self.stats()
+            users = self._core.use(0)
+            numpy = f", and NumPy allocates from it ({users} users)" if users else ""
+            raise BufferError(
+                f"{self!r} is not closed: {stats.live_blocks} blocks of {stats.live_bytes:#x} bytes live{numpy}"
+            )
+        if code < 0 and code != -ESTALE:
+            raise raise_answer(code)
+
+    def _try_to_close(self) -> int:
+        """Close it if nothing uses it, collecting cycles that may; return what C says."""
+        work_off()
+        code = -EBUSY if self._core.use(0) else self._core.close()
+        if code == -EBUSY:
+            gc.collect()
+            work_off()
+            code = -EBUSY if self._core.use(0) else self._core.close()
+        if code == 0:
+            self._forget()
+        return code
+
+    def _forget(self) -> None:
+        self._regions.clear()
+        self._exhausted = None
+        _asked.pop(self._key, None)
+
+    def __enter__(self) -> Self:
+        if self.closed:
+            raise self._dead()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it; under a live block hand out no more, and close when the last one goes, hiding no exception."""
+        if self.closed:
+            return
+        code = self._try_to_close()
+        if code == -EBUSY:
+            self._core.retire()
+            self._exhausted = None
+            start_reaper()
+            enqueue((lib.uvas_arena_close, self._core.id, self._home))  # the last block may have gone meanwhile
+        elif code < 0 and error is None:
+            raise raise_answer(code)
+
+    def __del__(self) -> None:
+        try:
+            if not self.closed and not sys.is_finalizing():
+                warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
+        except AttributeError:
+            pass  # a constructor that raised, or an interpreter that has taken itself apart
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} cannot be pickled or copied: addresses belong to one process")
+
+    def __repr__(self) -> str:
+        return f"<Arena {self._name!r} of {self.space.name!r}{', closed' if self.closed else ''}>"
+
+
+def allocation_of(array_or_address: npt.NDArray[Any] | int) -> AllocationInfo | None:
+    """Return the live block of an arena that holds an address or an array's first element, None if there is none.
+
+    Takes no lock.
+
+    Parameters
+    ----------
+    array_or_address
+        Any address inside, or an array, however it was allocated.
+
+    Raises
+    ------
+    TypeError
+        It is neither.
+
+    Examples
+    --------
+    >>> with AddressSpace() as space, Arena(space) as arena, arena.alloc(1000) as block:
+    ...     allocation_of(block.base + 999).range.base == block.base
+    True
+    """
+    given = array_or_address
+    found = fast.find_allocation(address_of(given) if isinstance(given, np.ndarray) else given)
+    if found is None:
+        return None
+    base, size, identity = found
+    return AllocationInfo(Range(base, size), _arenas.get(identity))
+
+
+# ---- details ---------------------------------------------------------------------------------------------------------
+
+
+def _choice(option: str, value: str, choices: dict[str, int]) -> int:
+    if value not in choices:
+        raise ValueError(f"{value!r} is no {option}: {', '.join(choices)}")
+    return choices[value]
+
+
+def _number(option: str, value: object, least: int, below: int) -> int:
+    number = as_size(option, value)
+    if not least <= number < below:
+        raise ValueError(f"{option} is at least {least:#x} and below {below:#x}, not {number:#x}")
+    return number
+
+
+def _nanoseconds(seconds: float) -> int:
+    if not seconds > 0:
+        raise ValueError(f"idle is a number of seconds above 0, not {seconds!r}")
+    return _NEVER if math.isinf(seconds) else min(max(1, round(seconds * 1e9)), _NEVER - 1)
+
+
+def _represent(address: int) -> Reservation | None:
+    """Return the reservation of an arena that holds a live block's address, as an object."""
+    block = fast.find_allocation(address)
+    arena = _arenas.get(block[2]) if block is not None else None
+    found = ffi.new("struct uvas_found *")
+    if arena is None or lib.uvas_find(address, found) < 0:
+        return None
+    region = arena._regions.get(found.id)
+    if region is None:
+        region = arena._regions.setdefault(found.id, Region(arena.space, arena, found))
+    return region
+
+
+represent.append(_represent)
+
+
+@ffi.def_extern(error=0)
+def uvas_py_exhausted(context: Any, size: int) -> int:
+    """Ask an arena's callback whether to try once more."""
+    arena = _asked.get(int(ffi.cast("uintptr_t", context)))
+    return int(arena is not None and arena._ask(size))
