@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import statistics
 import sys
 import threading
 import time
@@ -103,33 +104,54 @@ def busy_thread() -> Iterator[None]:
         thread.join()
 
 
-def _time(into: Rounds, label: str, what: str, count: int, work: Callable[[], object]) -> None:
-    began = time.perf_counter_ns()
-    work()
-    into.setdefault((label, what), []).append({"ns": (time.perf_counter_ns() - began) / count})
+def _time(into: Rounds, label: str, what: str, count: int, work: Callable[[int], object], *, parts: int = 15) -> None:
+    """Time ``work(n)``, which does n operations, in parts; the median counts, so that a busy machine spoils few."""
+    parts = min(parts, count)
+    times = []
+    for _ in range(parts):
+        began = time.perf_counter_ns()
+        work(count // parts)
+        times.append((time.perf_counter_ns() - began) / (count // parts))
+    into.setdefault((label, what), []).append({"ns": statistics.median(times)})
 
 
-def _empties(empty: Callable[[tuple[int]], Any], count: int) -> None:
-    for _ in range(count):
-        empty((1024,))
+def _empties(empty: Callable[[tuple[int]], Any]) -> Callable[[int], None]:
+    def loop(count: int) -> None:
+        for _ in range(count):
+            empty((1024,))
+
+    return loop
+
+
+def _pairs(one: PythonAllocator, size: int) -> Callable[[int], None]:
+    return lambda count: one.pairs(size, count)
+
+
+def _many(one: PythonAllocator, sizes: list[int]) -> Callable[[int], None]:
+    def loop(count: int) -> None:
+        for _ in range(count // len(sizes)):
+            one.many(sizes)
+
+    return loop
 
 
 def a8(into: Rounds, running: list[PythonAllocator], rounds: int, count: int) -> None:
     """Time one at a time, many at once, arrays, and one at a time beside a thread that will not let go of the GIL."""
     sizes = [64] * 1_000
+    empties = {"np.empty": np.empty, "uvas": _of_uvas("empty")}
     for _ in range(rounds):
         for size, about in ((64, "64 B"), (8192, "8 KiB")):
             for one in running:
-                _time(into, f"A8 alloc + free, {about}", one.name, count, lambda: one.pairs(size, count))  # noqa: B023
+                _time(into, f"A8 alloc + free, {about}", one.name, count, _pairs(one, size))
         for one in running:
-            _time(into, "A8 1,000 at once, 64 B, each", one.name, 1_000, lambda: one.many(sizes))  # noqa: B023
-        _time(into, "A8 empty((1024,))", "np.empty", count, lambda: _empties(np.empty, count))
-        if ours := _of_uvas("empty"):
-            _time(into, "A8 empty((1024,))", "uvas", count, lambda: _empties(ours, count))
-        with busy_thread():
+            _time(into, "A8 1,000 at once, 64 B, each", one.name, 15 * len(sizes), _many(one, sizes))
+        for what, empty in empties.items():
+            if empty:
+                _time(into, "A8 empty((1024,))", what, count, _empties(empty))
+        with busy_thread():  # all of it counts: it is the waiting for the GIL that is asked for
             for one in running:
                 label = "A8 alloc + free, 64 B, beside a busy thread"
-                _time(into, label, one.name, 5 * count, lambda: one.pairs(64, 5 * count))  # noqa: B023
+                _time(into, label, one.name, 5 * count, _pairs(one, 64), parts=1)
 
 
 def _of_uvas(name: str) -> Any:
@@ -137,14 +159,20 @@ def _of_uvas(name: str) -> Any:
     return getattr(uvas, name, None)
 
 
-def _plus(a: Any, b: Any, times: int) -> None:
-    for _ in range(times):
-        a + b
+def _plus(a: Any, b: Any) -> Callable[[int], None]:
+    def loop(count: int) -> None:
+        for _ in range(count):
+            a + b
+
+    return loop
 
 
-def _twice_plus_one(a: Any, times: int) -> None:
-    for _ in range(times):
-        2 * a + 1
+def _twice_plus_one(a: Any) -> Callable[[int], None]:
+    def loop(count: int) -> None:
+        for _ in range(count):
+            2 * a + 1
+
+    return loop
 
 
 def a7(into: Rounds, rounds: int, count: int) -> None:
@@ -155,7 +183,7 @@ def a7(into: Rounds, rounds: int, count: int) -> None:
     for mib in (0, 0.25, 1, 4, 16, 64, 256):
         a = np.arange(max(int(mib * MIB) // 8, 1024), dtype=np.float64)
         b = a[::-1].copy()
-        times = max(1, int(64 / mib)) if mib else count
+        times = max(2, int(128 / mib)) if mib else count
         for turn in range(rounds + 1):
             for what, handler in handlers.items():
                 with handler():
@@ -163,10 +191,10 @@ def a7(into: Rounds, rounds: int, count: int) -> None:
                         if not ((a + b) == a[-1]).all() or (2 * a + 1)[-1] != 2 * a[-1] + 1:
                             raise AssertionError(f"{what}: NumPy does not add")
                     elif not mib:
-                        _time(into, "A7 np.empty(1024)", what, count, lambda: _empties(np.empty, count))
+                        _time(into, "A7 np.empty(1024)", what, count, _empties(np.empty))
                     else:
-                        _time(into, f"A7 a + b, {mib} MiB", what, times, lambda: _plus(a, b, times))  # noqa: B023
-                        _time(into, f"A7 2 * a + 1, {mib} MiB", what, times, lambda: _twice_plus_one(a, times))  # noqa: B023
+                        _time(into, f"A7 a + b, {mib} MiB", what, times, _plus(a, b))
+                        _time(into, f"A7 2 * a + 1, {mib} MiB", what, times, _twice_plus_one(a))
 
 
 def main() -> None:
