@@ -197,6 +197,26 @@ int uvas_arena_open(const struct uvas_arena_options *options, uvas_id *out) {
     return 0;
 }
 
+static void reopen(struct uvas_arena *arena) {
+    (void)pthread_mutex_unlock(&arena->lock);
+    uvas_doors_open(arena);
+}
+
+/* The arena with this id, all threads outside and the lock held; NULL and it is said: dead, perhaps since a moment. */
+static struct uvas_arena *shut(uvas_id id) {
+    struct uvas_arena *arena = uvas_arena_get(id);
+    if (arena) {
+        uvas_doors_shut(arena);
+        (void)pthread_mutex_lock(&arena->lock);
+    }
+    if (arena && arena->id != id) {
+        reopen(arena);
+        (void)uvas_fail_released("arena", id);
+        arena = NULL;
+    }
+    return arena;
+}
+
 /* ---- every run, in order: doors shut, under the lock -------------------------------------------------------------------------------------------------- */
 
 struct walk {
@@ -270,6 +290,9 @@ int uvas_arena_close(uvas_id id) {
     }
     uvas_doors_shut(arena);
     (void)pthread_mutex_lock(&arena->lock);
+    while (arena->giving) {
+        (void)pthread_cond_wait(&arena->moved, &arena->lock);
+    }
     bool alive = arena->id == id;
     uint64_t blocks = alive ? in_use(arena) : 0;
     if (!alive || blocks || arena->growing) {
@@ -387,13 +410,11 @@ static void count_resident(struct uvas_arena *arena, struct uvas_arena_stats *st
 }
 
 int uvas_arena_stats(uvas_id id, struct uvas_arena_stats *out) {
-    struct uvas_arena *arena = uvas_arena_get(id);
+    struct uvas_arena *arena = shut(id);
     struct uvas_arena_stats stats = {0};
     if (!arena) {
         return -ESTALE;
     }
-    uvas_doors_shut(arena);
-    (void)pthread_mutex_lock(&arena->lock);
     struct walk walk = {.arena = arena};
     for (struct uvas_run *run = next_run(&walk); run; run = next_run(&walk)) {
         count_run(run, &stats);
@@ -409,8 +430,7 @@ int uvas_arena_stats(uvas_id id, struct uvas_arena_stats *out) {
     stats.largest_hole = largest ? uvas_run_bytes(largest) : 0;
     stats.regions = atomic_load_explicit(&arena->region_count, memory_order_relaxed);
     stats.metadata_bytes += sizeof *arena;
-    (void)pthread_mutex_unlock(&arena->lock);
-    uvas_doors_open(arena);
+    reopen(arena);
     count_resident(arena, &stats);
     *out = stats;
     return 0;
@@ -504,15 +524,12 @@ static int check_all(const struct uvas_arena *arena) {
 }
 
 int uvas_arena_check(uvas_id id) {
-    struct uvas_arena *arena = uvas_arena_get(id);
+    struct uvas_arena *arena = shut(id);
     if (!arena) {
         return -ESTALE;
     }
-    uvas_doors_shut(arena);
-    (void)pthread_mutex_lock(&arena->lock);
     int rc = check_all(arena);
-    (void)pthread_mutex_unlock(&arena->lock);
-    uvas_doors_open(arena);
+    reopen(arena);
     return rc;
 }
 

@@ -232,13 +232,14 @@ struct uvas_arena {
     bool ready; /* its locks are made */
     pthread_mutex_t door; /* held by who shuts the heaps' doors, as long as they are shut */
     pthread_mutex_t lock;
-    pthread_cond_t moved; /* with lock: a span is no longer on its way */
+    pthread_cond_t moved; /* with lock: a span is no longer on its way, the arena has grown, nobody gives memory back any more */
     struct uvas_heap *heaps; /* of threads; under door */
     struct uvas_heap orphans; /* nobody's slabs: of threads that have ended. Under lock, but for pending */
     struct uvas_holes holes;
     _Atomic(struct uvas_region *) regions[UVAS_REGIONS_MAX]; /* appended under lock, read by anyone */
     _Atomic uint32_t region_count;
     bool growing; /* one thread takes a reservation; under lock */
+    uint32_t giving; /* threads that give memory back, which need no block to be here; under lock. close waits for them */
     size_t used_bytes, peak_bytes, committed_bytes, reserved_bytes;
     uint64_t ended_blocks, ended_bytes, ended_late; /* what heaps that are gone had counted */
     struct uvas_arena *next, *previous; /* in the list of all, or, in a forked child, of the parent's */

@@ -531,9 +531,29 @@ static void settle(struct uvas_arena *arena, struct uvas_run *run) {
     uvas_holes_drop_idle(&arena->holes, run);
 }
 
+/* Whoever gives memory back may come when the last block has gone and somebody closes the arena. Takes the lock; false: it is closed. */
+static bool begin_giving(struct uvas_arena *arena) {
+    (void)pthread_mutex_lock(&arena->lock);
+    if (!arena->id) {
+        (void)pthread_mutex_unlock(&arena->lock);
+        return false;
+    }
+    arena->giving++;
+    return true;
+}
+
+static void end_giving(struct uvas_arena *arena) {
+    if (--arena->giving == 0) {
+        (void)pthread_cond_broadcast(&arena->moved);
+    }
+    (void)pthread_mutex_unlock(&arena->lock);
+}
+
 uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most) {
     uint64_t given = 0;
-    (void)pthread_mutex_lock(&arena->lock);
+    if (!begin_giving(arena)) {
+        return 0;
+    }
     struct uvas_run *run;
     while (most-- > 0 && (run = arena->holes.idle_first) && run->idle_since <= until) {
         uvas_holes_remove(&arena->holes, run);
@@ -541,7 +561,7 @@ uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most) 
         given += unback(arena, run);
         settle(arena, run);
     }
-    (void)pthread_mutex_unlock(&arena->lock);
+    end_giving(arena);
     return given;
 }
 
@@ -567,12 +587,14 @@ static uint64_t empty(struct uvas_arena *arena, const struct uvas_run *run) {
 
 uint64_t uvas_pages_empty(struct uvas_arena *arena) {
     uint64_t given = 0;
-    uint32_t count = atomic_load_explicit(&arena->region_count, memory_order_acquire);
-    for (uint32_t i = 0; i < count && !(arena->flags & UVAS_ARENA_BARE); i++) {
+    if ((arena->flags & UVAS_ARENA_BARE) || !begin_giving(arena)) {
+        return 0;
+    }
+    uint32_t count = atomic_load_explicit(&arena->region_count, memory_order_relaxed);
+    for (uint32_t i = 0; i < count; i++) {
         const struct uvas_region *region = atomic_load_explicit(&arena->regions[i], memory_order_acquire);
         uintptr_t at = atomic_load_explicit(&region->base, memory_order_relaxed), until;
         uintptr_t end = at + atomic_load_explicit(&region->bytes, memory_order_relaxed);
-        (void)pthread_mutex_lock(&arena->lock);
         while (at < end) {
             struct uvas_run *run = uvas_region_find(region, at);
             at = uvas_run_base(run) + uvas_run_bytes(run);
@@ -585,8 +607,8 @@ uint64_t uvas_pages_empty(struct uvas_arena *arena) {
                 at = uvas_run_base(run) + uvas_run_bytes(run); /* what was freed beside it meanwhile is in it now, and no boundary any more */
             }
         }
-        (void)pthread_mutex_unlock(&arena->lock);
     }
+    end_giving(arena);
     return given;
 }
 
