@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import report_alloc
 from harness import RESULTS, Row, load
 from matplotlib import pyplot
 
@@ -125,6 +126,7 @@ def main() -> None:
     _, _, after = rest.partition(END)
     README.write_text(before + BEGIN + "\n".join(table) + "\n" + END + after)
     draw()
+    report_alloc.main()
 
 
 if __name__ == "__main__":
