@@ -77,7 +77,8 @@ class Killer:
         if not self.in_c:
             return pytest(timeout_s, "-x", self.name)
         sanitizer = ["--sanitizer", self.sanitizer] if self.sanitizer else []
-        return ["tests/c/run.py", "--seconds", str(STRESS_S), *sanitizer, self.name.removeprefix("c:")]
+        seconds = 3 * STRESS_S if sanitizer else STRESS_S
+        return ["tests/c/run.py", "--seconds", str(seconds), *sanitizer, self.name.removeprefix("c:")]
 
     def verdict(self, code: int, output: str) -> tuple[str, str]:
         """Return what an exit code and an output mean, and in which words the test said so."""
