@@ -77,7 +77,7 @@ class Killer:
         if not self.in_c:
             return pytest(timeout_s, "-x", self.name)
         sanitizer = ["--sanitizer", self.sanitizer] if self.sanitizer else []
-        seconds = 3 * STRESS_S if sanitizer else STRESS_S
+        seconds = 2 * STRESS_S if sanitizer else STRESS_S
         return ["tests/c/run.py", "--seconds", str(seconds), *sanitizer, self.name.removeprefix("c:")]
 
     def verdict(self, code: int, output: str) -> tuple[str, str]:
