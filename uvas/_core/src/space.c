@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "failure.h"
+#include "nodes.h"
 #include "registry.h"
 #include "space.h"
 
@@ -342,10 +343,20 @@ static void tell(const struct uvas_entry *entry, struct uvas_found *out) {
     out->kind = entry->value & UVAS_REGISTRY_FOREIGN ? UVAS_ADOPTION : UVAS_RESERVATION;
 }
 
-int uvas_find(uintptr_t address, struct uvas_found *out) {
+static __attribute__((noinline)) int find_in_doubt(uintptr_t address, struct uvas_found *out) {
     struct uvas_entry entry;
     if (!uvas_registry_find(address, &entry)) {
         return -ENOENT;
+    }
+    tell(&entry, out);
+    return 0;
+}
+
+int uvas_find(uintptr_t address, struct uvas_found *out) {
+    struct uvas_entry entry;
+    enum uvas_seen seen = uvas_book_look(address, &entry);
+    if (seen != UVAS_SEEN_ENTRY) {
+        return seen == UVAS_SEEN_NOTHING ? -ENOENT : find_in_doubt(address, out);
     }
     tell(&entry, out);
     return 0;

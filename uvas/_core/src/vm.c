@@ -507,6 +507,24 @@ void *uvas_vm_pages(size_t size_bytes) {
     return at < 0 ? NULL : (void *)at;
 }
 
+void *uvas_vm_huge_pages(size_t size_bytes) {
+    size_t spare = UVAS_VM_HUGE_PAGE;
+    char *memory = uvas_vm_pages(size_bytes + spare);
+    if (!memory) {
+        return NULL;
+    }
+    size_t before = -(uintptr_t)memory & (UVAS_VM_HUGE_PAGE - 1);
+    if (before > 0) {
+        (void)syscall(SYS_munmap, memory, before);
+    }
+    memory += before;
+    if (spare > before) {
+        (void)syscall(SYS_munmap, memory + size_bytes, spare - before);
+    }
+    (void)syscall(SYS_madvise, memory, size_bytes, MADV_HUGEPAGE); /* where the kernel will not, they are small pages */
+    return memory;
+}
+
 /* ---- processes, and copies through the kernel --------------------------------------------------------------------------------------- */
 
 int uvas_vm_wait_for_end(int32_t parent) {

@@ -1,0 +1,98 @@
+/* nodes.h: what the registry's tree is made of, and the quick lookup in it, which its callers' compilers see through. registry.c has the rest, and
+ * says why a reader may trust what it read.
+ *
+ * The quick lookup descends nothing: the guide (guide.h) names a leaf, the leaf's sketch an entry, and the entry proves itself: it holds the address,
+ * or it and the one before it lie on both sides. Where that fails, the caller asks registry.c. It takes no branch that depends on what was guessed.
+ */
+#ifndef UVAS_NODES_H
+#define UVAS_NODES_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "guide.h"
+#include "registry.h"
+
+#define UVAS_LEAF_ENTRIES 32u
+#define UVAS_INNER_CHILDREN 32u /* 16 to 64 were tried: 32 was the quickest from 100 to a million ranges */
+#define UVAS_SKETCH_BITS 6u
+#define UVAS_CACHE_LINE 64u
+#define UVAS_NO_KEY UINTPTR_MAX
+
+enum uvas_node_kind { UVAS_LEAF = 1, UVAS_INNER = 2 };
+
+/* `kind` is written once, plainly, when the node is carved from its chunk; readers read it plainly: if a pointer were published or followed without
+ * ordering, ThreadSanitizer would see it here. `next` and `stamp` are the writer's, under the lock. */
+struct uvas_node {
+    uint32_t kind;
+    uint64_t stamp;         /* the clock when it was retired */
+    struct uvas_node *next; /* retired after this one */
+};
+
+/* All words of leaves and inner nodes: written under the lock (relaxed), before the node is published or after its rest; read by anyone (relaxed).
+ *
+ * The sketch divides the leaf's extent, from its first base on, into equal parts, as many as it has bytes; each says how many entries end at or below
+ * the part's first address. What is in a part ends there, or one entry later, unless two ends lie in one part. */
+struct uvas_leaf {
+    struct uvas_node node;
+    uintptr_t origin;
+    uint64_t shift; /* a part is 1 << shift bytes */
+    uint64_t unused[3];
+    uint8_t sketch[1u << UVAS_SKETCH_BITS];
+    struct uvas_entry entry[UVAS_LEAF_ENTRIES]; /* by ascending end, then UVAS_NO_KEY; a value may also be replaced in place, under the lock (release) */
+};
+
+struct uvas_inner {
+    struct uvas_node node;
+    uint32_t first_slot, last_slot; /* of the guide, that may name a cell in here; none: first > last. The writer's, under the lock */
+    uintptr_t key[UVAS_INNER_CHILDREN];            /* ascending; the last child's and the unused are UVAS_NO_KEY */
+    struct uvas_node *child[UVAS_INNER_CHILDREN]; /* swung in place under the lock (release); read by anyone (acquire); unused: NULL */
+};
+
+_Static_assert(offsetof(struct uvas_leaf, entry) == 2 * UVAS_CACHE_LINE && sizeof(struct uvas_leaf) % UVAS_CACHE_LINE == 0, "whole cache lines");
+
+/* What a lookup starts from: one cache line. Written under the lock (release), read by anyone (acquire). */
+struct uvas_book {
+    _Alignas(UVAS_CACHE_LINE) uint64_t publications; /* the clock */
+    struct uvas_node *root;
+    struct uvas_guide *guide; /* never NULL */
+};
+extern struct uvas_book uvas_book;
+
+static inline uint64_t uvas_word(const uint64_t *word) {
+    return __atomic_load_n(word, __ATOMIC_RELAXED);
+}
+
+enum uvas_seen { UVAS_SEEN_NOTHING = 0, UVAS_SEEN_ENTRY = 1, UVAS_SEEN_DOUBT = 2 /* ask uvas_registry_find */ };
+
+static inline __attribute__((always_inline)) enum uvas_seen uvas_book_look(uintptr_t address, struct uvas_entry *out) {
+    uint64_t started = __atomic_load_n(&uvas_book.publications, __ATOMIC_ACQUIRE);
+    struct uvas_node *const *cell = uvas_guide_cell(__atomic_load_n(&uvas_book.guide, __ATOMIC_ACQUIRE), address);
+    const struct uvas_node *node = cell ? __atomic_load_n(cell, __ATOMIC_ACQUIRE) : NULL;
+    if (!node || node->kind != UVAS_LEAF) {
+        return UVAS_SEEN_DOUBT;
+    }
+    const struct uvas_leaf *leaf = (const struct uvas_leaf *)node;
+    uint64_t part = (address - uvas_word(&leaf->origin)) >> (uvas_word(&leaf->shift) & 63);
+    if (part >> UVAS_SKETCH_BITS) {
+        return UVAS_SEEN_DOUBT;
+    }
+    size_t i = __atomic_load_n(&leaf->sketch[part], __ATOMIC_RELAXED) % UVAS_LEAF_ENTRIES;
+    i = (i + (uvas_word(&leaf->entry[i].end) <= address)) % UVAS_LEAF_ENTRIES;
+    const struct uvas_entry *entry = &leaf->entry[i];
+    out->base = uvas_word(&entry->base);
+    out->end = uvas_word(&entry->end);
+    out->value = __atomic_load_n(&entry->value, __ATOMIC_ACQUIRE);
+    bool holds = address - out->base < out->end - out->base;
+    if (__builtin_expect(!holds, 0) && (i == 0 || uvas_word(&entry[-1].end) > address || address >= out->base || out->end == UVAS_NO_KEY)) {
+        return UVAS_SEEN_DOUBT;
+    }
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    if (uvas_word(&uvas_book.publications) - started >= UVAS_REGISTRY_WINDOW) {
+        return UVAS_SEEN_DOUBT;
+    }
+    return holds && !(out->value & UVAS_REGISTRY_HIDDEN) ? UVAS_SEEN_ENTRY : UVAS_SEEN_NOTHING;
+}
+
+#endif
