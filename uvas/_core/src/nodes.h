@@ -14,7 +14,8 @@
 #include "guide.h"
 #include "registry.h"
 
-#define UVAS_LEAF_ENTRIES 32u
+#define UVAS_LEAF_KEYS 32u
+#define UVAS_LEAF_ENTRIES (UVAS_LEAF_KEYS - 1) /* behind the last there is always a UVAS_NO_KEY */
 #define UVAS_INNER_CHILDREN 32u /* 16 to 64 were tried: 32 was the quickest from 100 to a million ranges */
 #define UVAS_SKETCH_BITS 6u
 #define UVAS_CACHE_LINE 64u
@@ -40,7 +41,7 @@ struct uvas_leaf {
     uint64_t shift; /* a part is 1 << shift bytes */
     uint64_t unused[3];
     uint8_t sketch[1u << UVAS_SKETCH_BITS];
-    struct uvas_entry entry[UVAS_LEAF_ENTRIES]; /* by ascending end, then UVAS_NO_KEY; a value may also be replaced in place, under the lock (release) */
+    struct uvas_entry entry[UVAS_LEAF_KEYS]; /* by ascending end, then base and end are UVAS_NO_KEY; a value may also be replaced in place, under the lock (release) */
 };
 
 struct uvas_inner {
@@ -64,35 +65,45 @@ static inline uint64_t uvas_word(const uint64_t *word) {
     return __atomic_load_n(word, __ATOMIC_RELAXED);
 }
 
-enum uvas_seen { UVAS_SEEN_NOTHING = 0, UVAS_SEEN_ENTRY = 1, UVAS_SEEN_DOUBT = 2 /* ask uvas_registry_find */ };
-
-static inline __attribute__((always_inline)) enum uvas_seen uvas_book_look(uintptr_t address, struct uvas_entry *out) {
-    uint64_t started = __atomic_load_n(&uvas_book.publications, __ATOMIC_ACQUIRE);
+/* A guess: the leaf's entry that holds the address or is the next above it, or NULL. */
+static inline __attribute__((always_inline)) const struct uvas_entry *uvas_book_guess(uintptr_t address, const struct uvas_leaf **in) {
     struct uvas_node *const *cell = uvas_guide_cell(__atomic_load_n(&uvas_book.guide, __ATOMIC_ACQUIRE), address);
     const struct uvas_node *node = cell ? __atomic_load_n(cell, __ATOMIC_ACQUIRE) : NULL;
     if (!node || node->kind != UVAS_LEAF) {
-        return UVAS_SEEN_DOUBT;
+        return NULL;
     }
-    const struct uvas_leaf *leaf = (const struct uvas_leaf *)node;
+    const struct uvas_leaf *leaf = *in = (const struct uvas_leaf *)node;
+    __builtin_prefetch(leaf->sketch); /* together with the line before it */
     uint64_t part = (address - uvas_word(&leaf->origin)) >> (uvas_word(&leaf->shift) & 63);
-    if (part >> UVAS_SKETCH_BITS) {
-        return UVAS_SEEN_DOUBT;
+    if (part >= sizeof leaf->sketch) {
+        return NULL;
     }
-    size_t i = __atomic_load_n(&leaf->sketch[part], __ATOMIC_RELAXED) % UVAS_LEAF_ENTRIES;
-    i = (i + (uvas_word(&leaf->entry[i].end) <= address)) % UVAS_LEAF_ENTRIES;
-    const struct uvas_entry *entry = &leaf->entry[i];
+    const struct uvas_entry *entry = &leaf->entry[__atomic_load_n(&leaf->sketch[part], __ATOMIC_RELAXED)];
+    return entry + (uvas_word(&entry->end) <= address);
+}
+
+static inline uint64_t uvas_book_clock(void) {
+    return __atomic_load_n(&uvas_book.publications, __ATOMIC_ACQUIRE);
+}
+
+/* Nothing that was read since the clock was `started` has been rewritten. */
+static inline bool uvas_book_stood(uint64_t started) {
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    return uvas_word(&uvas_book.publications) - started < UVAS_REGISTRY_WINDOW;
+}
+
+/* Whether a guess proves to be the entry that holds the address and is not hidden; if not, there may be one all the same. */
+static inline __attribute__((always_inline)) bool uvas_book_holds(uintptr_t address, struct uvas_entry *out) {
+    const struct uvas_leaf *leaf;
+    uint64_t started = uvas_book_clock();
+    const struct uvas_entry *entry = uvas_book_guess(address, &leaf);
+    if (!entry) {
+        return false;
+    }
     out->base = uvas_word(&entry->base);
     out->end = uvas_word(&entry->end);
     out->value = __atomic_load_n(&entry->value, __ATOMIC_ACQUIRE);
-    bool holds = address - out->base < out->end - out->base;
-    if (__builtin_expect(!holds, 0) && (i == 0 || uvas_word(&entry[-1].end) > address || address >= out->base || out->end == UVAS_NO_KEY)) {
-        return UVAS_SEEN_DOUBT;
-    }
-    __atomic_thread_fence(__ATOMIC_ACQUIRE);
-    if (uvas_word(&uvas_book.publications) - started >= UVAS_REGISTRY_WINDOW) {
-        return UVAS_SEEN_DOUBT;
-    }
-    return holds && !(out->value & UVAS_REGISTRY_HIDDEN) ? UVAS_SEEN_ENTRY : UVAS_SEEN_NOTHING;
+    return address - out->base < out->end - out->base && !(out->value & UVAS_REGISTRY_HIDDEN) && uvas_book_stood(started);
 }
 
 #endif

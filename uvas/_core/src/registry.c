@@ -25,6 +25,7 @@
 #include "vm.h"
 
 #define LEAF_ENTRIES UVAS_LEAF_ENTRIES
+#define LEAF_KEYS UVAS_LEAF_KEYS
 #define INNER_CHILDREN UVAS_INNER_CHILDREN
 #define BLOCK 8u /* keys that are compared side by side: a cache line */
 #define DEPTH_MAX 12u /* 16 million ranges in leaves and inner nodes a quarter full need 6 */
@@ -222,7 +223,7 @@ ALWAYS_INLINE size_t inner_rank(const struct uvas_inner *inner, uintptr_t addres
 
 ALWAYS_INLINE size_t leaf_rank(const struct uvas_leaf *leaf, uintptr_t address) {
     return rank((const uint64_t *)leaf->entry + offsetof(struct uvas_entry, end) / sizeof(uint64_t), sizeof(struct uvas_entry) / sizeof(uint64_t),
-                LEAF_ENTRIES / BLOCK, address);
+                LEAF_KEYS / BLOCK, address);
 }
 
 /* ---- lookups: no lock, no stores ------------------------------------------------------------------------------------------------------------------ */
@@ -368,13 +369,27 @@ static __attribute__((noinline)) int find_by_descent(uintptr_t address, struct u
     return settled(holder, address, out);
 }
 
+/* Whether two neighbours in a leaf prove that nothing holds the address, or one that is hidden does. */
+static bool proves_nobody(uintptr_t address) {
+    const struct uvas_leaf *leaf;
+    uint64_t started = uvas_book_clock();
+    const struct uvas_entry *entry = uvas_book_guess(address, &leaf);
+    if (!entry || get(&entry->end) == LAST) {
+        return false;
+    }
+    uintptr_t base = get(&entry->base);
+    bool between = address < base && entry > leaf->entry && get(&entry[-1].end) <= address;
+    bool hidden = address - base < get(&entry->end) - base && __atomic_load_n(&entry->value, __ATOMIC_ACQUIRE) & UVAS_REGISTRY_HIDDEN;
+    return (between || hidden) && uvas_book_stood(started);
+}
+
 int uvas_registry_find(uintptr_t address, struct uvas_entry *out) {
     struct uvas_entry seen;
-    enum uvas_seen quickly = uvas_book_look(address, &seen);
-    if (quickly == UVAS_SEEN_ENTRY) {
+    if (uvas_book_holds(address, &seen)) {
         *out = seen;
+        return 1;
     }
-    return quickly == UVAS_SEEN_DOUBT ? find_by_descent(address, out) : quickly == UVAS_SEEN_ENTRY;
+    return !proves_nobody(address) && find_by_descent(address, out);
 }
 
 /* ---- the guide: under the lock -------------------------------------------------------------------------------------------------------------------- */
@@ -614,7 +629,7 @@ static struct uvas_leaf *new_leaf(const struct uvas_entry *entries, size_t count
         put(&leaf->entry[i].base, entries[i].base);
         put(&leaf->entry[i].value, entries[i].value);
     }
-    for (size_t i = count; i < LEAF_ENTRIES; i++) {
+    for (size_t i = count; i < LEAF_KEYS; i++) {
         put(&leaf->entry[i].end, LAST);
         put(&leaf->entry[i].base, LAST);
     }
@@ -832,7 +847,7 @@ static void survey_leaf(const struct uvas_leaf *leaf, uintptr_t above_fence, uin
         survey->last_end = end;
         survey->entries++;
     }
-    for (size_t i = count; i < LEAF_ENTRIES && !survey->wrong; i++) {
+    for (size_t i = count; i < LEAF_KEYS && !survey->wrong; i++) {
         survey->wrong = leaf->entry[i].end != LAST ? "is followed by a key out of order" : NULL;
     }
 }

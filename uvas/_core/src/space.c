@@ -354,9 +354,8 @@ static __attribute__((noinline)) int find_in_doubt(uintptr_t address, struct uva
 
 int uvas_find(uintptr_t address, struct uvas_found *out) {
     struct uvas_entry entry;
-    enum uvas_seen seen = uvas_book_look(address, &entry);
-    if (seen != UVAS_SEEN_ENTRY) {
-        return seen == UVAS_SEEN_NOTHING ? -ENOENT : find_in_doubt(address, out);
+    if (!uvas_book_holds(address, &entry)) {
+        return find_in_doubt(address, out);
     }
     tell(&entry, out);
     return 0;
