@@ -9,6 +9,8 @@
 #define SLACK_MOST UINT64_C(32)
 #define FAR_APART 4u /* the whole over the middle three quarters: beyond it, the ends are left out */
 
+void *uvas_guide_nothing;
+
 size_t uvas_guide_bytes(size_t leaves) {
     size_t bytes = UVAS_GUIDE_BYTES_LEAST;
     while (bytes < UVAS_GUIDE_BYTES_MOST && uvas_guide_capacity(bytes) < SLOTS_PER_LEAF * leaves) {
@@ -22,7 +24,7 @@ void uvas_guide_lay(struct uvas_guide *guide, uintptr_t low, uintptr_t high) {
     uint64_t shift = SHIFT_LEAST;
     assert(low < high);
     for (size_t i = 0; i < capacity; i++) {
-        uvas_guide_set(guide, i, 0, NULL);
+        uvas_guide_set(guide, i, 0, &uvas_guide_nothing);
     }
     while (((high - 1) >> shift) - (low >> shift) + 2 + 2 * SLACK_MOST > capacity) {
         shift++;
@@ -33,7 +35,7 @@ void uvas_guide_lay(struct uvas_guide *guide, uintptr_t low, uintptr_t high) {
     high += slack;
     __atomic_store_n(&guide->last, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&guide->shift, shift, __ATOMIC_RELAXED);
-    __atomic_store_n(&guide->origin, ((low >> shift) - 1) << shift, __ATOMIC_RELAXED);
+    __atomic_store_n(&guide->origin, low >> shift << shift, __ATOMIC_RELAXED);
     __atomic_store_n(&guide->last, ((high - 1) >> shift) - (low >> shift) + 1, __ATOMIC_RELAXED);
 }
 

@@ -5,12 +5,12 @@
  * meet misleads, and so does a leaf's neighbour for a moment: the guide only guesses. An answer counts only if an entry of the leaf proves it.
  *
  *   cell         a leaf is named by the address of the pointer to it in its parent (or by &root): a leaf that is replaced by another with the same
- *                fences changes nothing here. Cells of a parent that goes away are hidden (NULL) before that is published, and set anew after: a
+ *                fences changes nothing here. Cells of a parent that goes away are hidden before that is published, and set anew after: a
  *                reader finds in the guide only cells that the tree uses at that moment
  *   window       where most leaves are: if they lie far apart, from an eighth of them to the last eighth, and as much again on each side.
  *                Outside, and where leaves crowd in one slot, lookups descend the tree
  *   size         by the number of leaves, not by what they span; made anew when half of them have been split or joined since
- *   memory       type-stable: a table once made stays, to be used again
+ *   memory       type-stable: a table once made stays, to be used again; the one in use only grows
  *
  * Written under the core's lock, read by anyone.
  */
@@ -26,34 +26,55 @@
 
 struct uvas_guide_slot {
     _Alignas(16) uintptr_t fence; /* a slot lies in one cache line */
-    void *cell; /* or NULL: ask the tree */
+    void *cell; /* hidden: &uvas_guide_nothing */
 };
 
 struct uvas_guide {
-    uintptr_t origin;         /* one slot below the window: slot 0 is what lies before it */
+    uintptr_t origin;         /* the window's first address */
     uint64_t shift;           /* a slot is 1 << shift bytes */
-    uint64_t last;            /* slots 1 to last are the window */
+    uint64_t last;            /* slots 1 to last are the window, slot 0 is what lies before it */
     size_t bytes;             /* of this table; never changes */
     struct uvas_guide *kept;  /* not in use: the next such */
     struct uvas_guide_slot slot[];
 };
 
+extern void *uvas_guide_nothing; /* a cell that leads nowhere: NULL */
+
 static inline size_t uvas_guide_capacity(size_t bytes) {
     return (bytes - sizeof(struct uvas_guide)) / sizeof(struct uvas_guide_slot);
 }
 
-/* What leads to the leaf that probably holds the address, or NULL. */
-static inline __attribute__((always_inline)) void *uvas_guide_cell(const struct uvas_guide *guide, uintptr_t address) {
-    uint64_t at = (address - __atomic_load_n(&guide->origin, __ATOMIC_RELAXED)) >> (__atomic_load_n(&guide->shift, __ATOMIC_RELAXED) & 63);
-    if (at - 1 >= __atomic_load_n(&guide->last, __ATOMIC_RELAXED)) {
-        return NULL;
+/* What lookups see of the guide: a copy, next to what else they need. Read word by word while it may change: a mixture names a wrong slot, but one of
+ * the table's, as tables only grow, `slot` is stored before `last` and loaded after it. */
+struct uvas_guide_view {
+    uint64_t last;
+    uintptr_t origin;
+    uint64_t shift;
+    const struct uvas_guide_slot *slot;
+};
+
+static inline void uvas_guide_show(const struct uvas_guide *guide, struct uvas_guide_view *view) {
+    __atomic_store_n(&view->slot, guide->slot, __ATOMIC_RELEASE);
+    __atomic_store_n(&view->origin, guide->origin, __ATOMIC_RELAXED);
+    __atomic_store_n(&view->shift, guide->shift, __ATOMIC_RELAXED);
+    __atomic_store_n(&view->last, guide->last, __ATOMIC_RELEASE);
+}
+
+/* Whether the address lies in the window; then what leads to the leaf that probably holds it. */
+static inline __attribute__((always_inline)) bool uvas_guide_cell(const struct uvas_guide_view *view, uintptr_t address, void **cell) {
+    uint64_t last = __atomic_load_n(&view->last, __ATOMIC_ACQUIRE);
+    uint64_t at = (address - __atomic_load_n(&view->origin, __ATOMIC_RELAXED)) >> (__atomic_load_n(&view->shift, __ATOMIC_RELAXED) & 63);
+    const struct uvas_guide_slot *slot = __atomic_load_n(&view->slot, __ATOMIC_ACQUIRE) + at + 1;
+    if (at >= last) {
+        return false;
     }
-    at -= address < __atomic_load_n(&guide->slot[at].fence, __ATOMIC_RELAXED);
-    return __atomic_load_n(&guide->slot[at].cell, __ATOMIC_ACQUIRE);
+    slot = address < __atomic_load_n(&slot->fence, __ATOMIC_RELAXED) ? slot - 1 : slot;
+    *cell = __atomic_load_n(&slot->cell, __ATOMIC_ACQUIRE);
+    return true;
 }
 
 static inline uintptr_t uvas_guide_last_address(const struct uvas_guide *guide, uint64_t slot) {
-    uintptr_t next = guide->origin + ((slot + 1) << guide->shift);
+    uintptr_t next = guide->origin + (slot << guide->shift);
     return next > 0 ? next - 1 : 0; /* slot 0 of a window that starts at 0 */
 }
 

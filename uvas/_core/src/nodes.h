@@ -57,7 +57,7 @@ _Static_assert(offsetof(struct uvas_leaf, entry) == 2 * UVAS_CACHE_LINE && sizeo
 struct uvas_book {
     _Alignas(UVAS_CACHE_LINE) uint64_t publications; /* the clock */
     struct uvas_node *root;
-    struct uvas_guide *guide; /* never NULL */
+    struct uvas_guide_view guide;
 };
 extern struct uvas_book uvas_book;
 
@@ -67,8 +67,11 @@ static inline uint64_t uvas_word(const uint64_t *word) {
 
 /* A guess: the leaf's entry that holds the address or is the next above it, or NULL. */
 static inline __attribute__((always_inline)) const struct uvas_entry *uvas_book_guess(uintptr_t address, const struct uvas_leaf **in) {
-    struct uvas_node *const *cell = uvas_guide_cell(__atomic_load_n(&uvas_book.guide, __ATOMIC_ACQUIRE), address);
-    const struct uvas_node *node = cell ? __atomic_load_n(cell, __ATOMIC_ACQUIRE) : NULL;
+    void *cell;
+    if (!uvas_guide_cell(&uvas_book.guide, address, &cell)) {
+        return NULL;
+    }
+    const struct uvas_node *node = __atomic_load_n((struct uvas_node *const *)cell, __ATOMIC_ACQUIRE);
     if (!node || node->kind != UVAS_LEAF) {
         return NULL;
     }

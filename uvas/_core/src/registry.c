@@ -59,12 +59,12 @@ struct chunk {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
-static struct uvas_guide no_guide; /* no slots: lookups descend */
-struct uvas_book uvas_book = {.guide = &no_guide};
+struct uvas_book uvas_book;
 static size_t ranges;          /* under the lock */
 static struct pool leaves = {.kind = UVAS_LEAF, .node_bytes = sizeof(struct uvas_leaf)};
 static struct pool inners = {.kind = UVAS_INNER, .node_bytes = sizeof(struct uvas_inner)};
-static struct uvas_guide *guides_kept; /* under the lock, as what follows */
+static struct uvas_guide *guide;       /* NULL: none yet; under the lock, as what follows */
+static struct uvas_guide *guides_kept;
 static size_t guide_bytes;             /* of all guides ever made */
 static size_t reshaped, reshaped_enough; /* leaves split, joined and gone since the guide was laid, and how many call for another */
 static uint64_t torn_first = UINT64_MAX, torn_last; /* slots to set anew at the end of this change; none: first > last */
@@ -456,11 +456,13 @@ static bool names_cell_of(const struct uvas_guide_slot *slot, const struct uvas_
 /* Before an inner node above leaves is replaced; NULL: before the root stops to be a leaf. */
 static void hide_cells(const struct uvas_inner *inner) {
     reshaped++;
-    struct uvas_guide *guide = uvas_book.guide;
+    if (!guide) {
+        return;
+    }
     uint64_t first = inner ? inner->first_slot : 0, last = inner && inner->last_slot < guide->last ? inner->last_slot : guide->last;
-    for (uint64_t slot = first; slot <= last && guide != &no_guide; slot++) {
+    for (uint64_t slot = first; slot <= last; slot++) {
         if (names_cell_of(&guide->slot[slot], inner)) { /* the numbers may be from before the guide was laid anew */
-            uvas_guide_set(guide, slot, 0, NULL);
+            uvas_guide_set(guide, slot, 0, &uvas_guide_nothing);
             torn_first = slot < torn_first ? slot : torn_first;
             torn_last = slot > torn_last ? slot : torn_last;
         }
@@ -470,7 +472,7 @@ static void hide_cells(const struct uvas_inner *inner) {
 /* At the end of a change. */
 static void mend_guide(void) {
     if (torn_first <= torn_last) {
-        fill_guide(uvas_book.guide, torn_first, torn_last);
+        fill_guide(guide, torn_first, torn_last);
     }
     torn_first = UINT64_MAX;
     torn_last = 0;
@@ -512,9 +514,6 @@ static struct uvas_guide *kept_guide(size_t bytes) {
 }
 
 static void keep_guide(struct uvas_guide *old) {
-    if (old == &no_guide) {
-        return;
-    }
     old->kept = guides_kept;
     guides_kept = old;
 }
@@ -538,7 +537,7 @@ static bool renew_guide(void) {
         return false;
     }
     size_t bytes = uvas_guide_bytes(leaves.taken);
-    struct uvas_guide *old = uvas_book.guide, *next = old->bytes == bytes ? old : kept_guide(bytes);
+    struct uvas_guide *old = guide, *next = old && old->bytes >= bytes ? old : kept_guide(bytes);
     if (!next && make_guide(bytes)) {
         return true;
     }
@@ -548,8 +547,9 @@ static bool renew_guide(void) {
         return true;
     }
     lay_guide(next);
-    __atomic_store_n(&uvas_book.guide, next, __ATOMIC_RELEASE);
-    if (old != next) {
+    uvas_guide_show(next, &uvas_book.guide);
+    guide = next;
+    if (old && old != next) {
         keep_guide(old);
     }
     return false;
@@ -882,8 +882,7 @@ static struct survey survey_tree(void) {
 }
 
 static void survey_guide(struct survey *survey) {
-    const struct uvas_guide *guide = uvas_book.guide;
-    for (uint64_t slot = 0; guide != &no_guide && slot <= guide->last && !survey->wrong; slot++) {
+    for (uint64_t slot = 0; guide && slot <= guide->last && !survey->wrong; slot++) {
         struct place place = place_of(uvas_guide_last_address(guide, slot));
         struct uvas_guide_slot is = slot_of(guide, slot, &place);
         bool tracked = !place.inner || (place.inner->first_slot <= slot && slot <= place.inner->last_slot);
@@ -927,8 +926,11 @@ void uvas_registry_forget(void) {
     uvas_book.root = NULL;
     ranges = 0;
     __atomic_store_n(&uvas_book.publications, uvas_book.publications + UVAS_REGISTRY_WINDOW, __ATOMIC_RELEASE);
-    keep_guide(uvas_book.guide);
-    uvas_book.guide = &no_guide;
+    if (guide) {
+        keep_guide(guide);
+    }
+    guide = NULL;
+    uvas_book.guide.last = 0;
     reshaped = reshaped_enough = 0;
     torn_first = UINT64_MAX;
     torn_last = 0;
