@@ -9,8 +9,6 @@
 #define SLACK_MOST UINT64_C(32)
 #define FAR_APART 4u /* the whole over the middle three quarters: beyond it, the ends are left out */
 
-void *uvas_guide_nothing;
-
 size_t uvas_guide_bytes(size_t leaves) {
     size_t bytes = UVAS_GUIDE_BYTES_LEAST;
     while (bytes < UVAS_GUIDE_BYTES_MOST && uvas_guide_capacity(bytes) < SLOTS_PER_LEAF * leaves) {

@@ -38,8 +38,6 @@ struct uvas_guide {
     struct uvas_guide_slot slot[];
 };
 
-extern void *uvas_guide_nothing; /* a cell that leads nowhere: NULL */
-
 static inline size_t uvas_guide_capacity(size_t bytes) {
     return (bytes - sizeof(struct uvas_guide)) / sizeof(struct uvas_guide_slot);
 }
@@ -77,6 +75,9 @@ static inline uintptr_t uvas_guide_last_address(const struct uvas_guide *guide, 
     uintptr_t next = guide->origin + (slot << guide->shift);
     return next > 0 ? next - 1 : 0; /* slot 0 of a window that starts at 0 */
 }
+
+/* The cell of hidden slots: it leads nowhere (registry.c). */
+extern uintptr_t uvas_guide_nothing;
 
 static inline void uvas_guide_set(struct uvas_guide *guide, uint64_t slot, uintptr_t fence, void *cell) {
     __atomic_store_n(&guide->slot[slot].fence, fence, __ATOMIC_RELAXED);

@@ -31,32 +31,38 @@ struct uvas_node {
     struct uvas_node *next; /* retired after this one */
 };
 
+/* What leads to a node: its address, and in the bits that alignment leaves free the shift of the leaf's sketch, so that a lookup need not wait for the
+ * leaf to know where in it to look; UVAS_NO_LEAF: an inner node or, without an address, nothing. */
+typedef uintptr_t uvas_link;
+#define UVAS_NO_LEAF ((uvas_link)(UVAS_CACHE_LINE - 1))
+
 /* All words of leaves and inner nodes: written under the lock (relaxed), before the node is published or after its rest; read by anyone (relaxed).
  *
- * The sketch divides the leaf's extent, from its first base on, into equal parts, as many as it has bytes; each says how many entries end at or below
- * the part's first address. What is in a part ends there, or one entry later, unless two ends lie in one part. */
+ * The sketch divides addresses into parts of 1 << shift bytes, so large that it has a byte for each part between the leaf's first base and last end:
+ * an address's part modulo their number. The byte says how many entries end at or below the part's first address. What is in a part ends there, or
+ * one entry later, unless two ends lie in one part. */
 struct uvas_leaf {
-    struct uvas_node node;
-    uintptr_t origin;
-    uint64_t shift; /* a part is 1 << shift bytes */
-    uint64_t unused[3];
+    _Alignas(UVAS_CACHE_LINE) struct uvas_node node;
+    uint64_t shift; /* the writer's, under the lock: for links */
+    uint64_t unused[4];
     uint8_t sketch[1u << UVAS_SKETCH_BITS];
     struct uvas_entry entry[UVAS_LEAF_KEYS]; /* by ascending end, then base and end are UVAS_NO_KEY; a value may also be replaced in place, under the lock (release) */
 };
 
 struct uvas_inner {
-    struct uvas_node node;
+    _Alignas(UVAS_CACHE_LINE) struct uvas_node node;
     uint32_t first_slot, last_slot; /* of the guide, that may name a cell in here; none: first > last. The writer's, under the lock */
     uintptr_t key[UVAS_INNER_CHILDREN];            /* ascending; the last child's and the unused are UVAS_NO_KEY */
-    struct uvas_node *child[UVAS_INNER_CHILDREN]; /* swung in place under the lock (release); read by anyone (acquire); unused: NULL */
+    uvas_link child[UVAS_INNER_CHILDREN];          /* swung in place under the lock (release); read by anyone (acquire) */
 };
 
+_Static_assert(sizeof(struct uvas_inner) % UVAS_CACHE_LINE == 0, "links have bits to spare");
 _Static_assert(offsetof(struct uvas_leaf, entry) == 2 * UVAS_CACHE_LINE && sizeof(struct uvas_leaf) % UVAS_CACHE_LINE == 0, "whole cache lines");
 
 /* What a lookup starts from: one cache line. Written under the lock (release), read by anyone (acquire). */
 struct uvas_book {
     _Alignas(UVAS_CACHE_LINE) uint64_t publications; /* the clock */
-    struct uvas_node *root;
+    uvas_link root;
     struct uvas_guide_view guide;
 };
 extern struct uvas_book uvas_book;
@@ -71,16 +77,12 @@ static inline __attribute__((always_inline)) const struct uvas_entry *uvas_book_
     if (!uvas_guide_cell(&uvas_book.guide, address, &cell)) {
         return NULL;
     }
-    const struct uvas_node *node = __atomic_load_n((struct uvas_node *const *)cell, __ATOMIC_ACQUIRE);
-    if (!node || node->kind != UVAS_LEAF) {
+    uvas_link link = __atomic_load_n((const uvas_link *)cell, __ATOMIC_ACQUIRE);
+    const struct uvas_leaf *leaf = *in = (const struct uvas_leaf *)(link & ~UVAS_NO_LEAF);
+    if ((link & UVAS_NO_LEAF) == UVAS_NO_LEAF || leaf->node.kind != UVAS_LEAF) {
         return NULL;
     }
-    const struct uvas_leaf *leaf = *in = (const struct uvas_leaf *)node;
-    __builtin_prefetch(leaf->sketch); /* together with the line before it */
-    uint64_t part = (address - uvas_word(&leaf->origin)) >> (uvas_word(&leaf->shift) & 63);
-    if (part >= sizeof leaf->sketch) {
-        return NULL;
-    }
+    uint64_t part = address >> (link & UVAS_NO_LEAF) & (sizeof leaf->sketch - 1);
     const struct uvas_entry *entry = &leaf->entry[__atomic_load_n(&leaf->sketch[part], __ATOMIC_RELAXED)];
     return entry + (uvas_word(&entry->end) <= address);
 }

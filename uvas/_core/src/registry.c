@@ -59,7 +59,8 @@ struct chunk {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
-struct uvas_book uvas_book;
+struct uvas_book uvas_book = {.root = UVAS_NO_LEAF};
+uintptr_t uvas_guide_nothing = UVAS_NO_LEAF;
 static size_t ranges;          /* under the lock */
 static struct pool leaves = {.kind = UVAS_LEAF, .node_bytes = sizeof(struct uvas_leaf)};
 static struct pool inners = {.kind = UVAS_INNER, .node_bytes = sizeof(struct uvas_inner)};
@@ -95,12 +96,13 @@ static inline void put(uint64_t *word, uint64_t value) {
     __atomic_store_n(word, value, __ATOMIC_RELAXED);
 }
 
-static inline struct uvas_node *follow(struct uvas_node *const *pointer) {
-    return __atomic_load_n(pointer, __ATOMIC_ACQUIRE);
+static inline struct uvas_node *follow(const uvas_link *link) {
+    return (struct uvas_node *)(__atomic_load_n(link, __ATOMIC_ACQUIRE) & ~UVAS_NO_LEAF);
 }
 
-static inline void publish(struct uvas_node **pointer, struct uvas_node *node) {
-    __atomic_store_n(pointer, node, __ATOMIC_RELEASE);
+static inline void publish(uvas_link *link, struct uvas_node *node) {
+    uint64_t shift = node && node->kind == UVAS_LEAF ? ((const struct uvas_leaf *)node)->shift : UVAS_NO_LEAF;
+    __atomic_store_n(link, (uintptr_t)node | shift, __ATOMIC_RELEASE);
 }
 
 static inline struct uvas_leaf *as_leaf(struct uvas_node *node) {
@@ -409,10 +411,10 @@ struct place { /* the inner node right above the leaves whose fences hold an add
 
 static struct place place_of(uintptr_t address) {
     struct place place = {NULL, 0, LAST};
-    for (struct uvas_node *node = uvas_book.root; node && node->kind == UVAS_INNER;) {
+    for (struct uvas_node *node = follow(&uvas_book.root); node && node->kind == UVAS_INNER;) {
         place.inner = as_inner(node);
         size_t i = inner_rank(place.inner, address);
-        node = place.inner->child[i];
+        node = follow(&place.inner->child[i]);
         if (node->kind == UVAS_INNER) {
             place.low = i > 0 ? place.inner->key[i - 1] : place.low;
             place.high = i + 1 < INNER_CHILDREN && place.inner->key[i] != LAST ? place.inner->key[i] : place.high;
@@ -449,7 +451,7 @@ static void fill_guide(struct uvas_guide *in, uint64_t first, uint64_t last) {
 }
 
 static bool names_cell_of(const struct uvas_guide_slot *slot, const struct uvas_inner *inner) {
-    struct uvas_node **cell = slot->cell;
+    uvas_link *cell = slot->cell;
     return inner ? cell >= inner->child && cell < inner->child + INNER_CHILDREN : cell == &uvas_book.root;
 }
 
@@ -481,10 +483,10 @@ static void mend_guide(void) {
 /* The end below which so many eighths of them are, if all nodes were equally full. */
 static uintptr_t quantile(size_t eighths) {
     size_t of = 8;
-    struct uvas_node *node = uvas_book.root;
+    struct uvas_node *node = follow(&uvas_book.root);
     for (; node->kind == UVAS_INNER; of = 8) {
         size_t scaled = eighths * inner_count(as_inner(node));
-        node = as_inner(node)->child[scaled / of];
+        node = follow(&as_inner(node)->child[scaled / of]);
         eighths = scaled % of;
     }
     return as_leaf(node)->entry[eighths * leaf_count(as_leaf(node)) / of].end;
@@ -492,9 +494,10 @@ static uintptr_t quantile(size_t eighths) {
 
 static void lay_guide(struct uvas_guide *in) {
     uintptr_t low = 0, high = ANYWHERE;
-    if (uvas_book.root && uvas_book.root->kind == UVAS_INNER) {
-        const struct uvas_leaf *last = edge_leaf(uvas_book.root, true);
-        low = edge_leaf(uvas_book.root, false)->entry[0].base;
+    struct uvas_node *root = follow(&uvas_book.root);
+    if (root && root->kind == UVAS_INNER) {
+        const struct uvas_leaf *last = edge_leaf(root, true);
+        low = edge_leaf(root, false)->entry[0].base;
         high = last->entry[leaf_count(last) - 1].end;
         uvas_guide_window(&low, &high, quantile(1), quantile(7));
     }
@@ -582,37 +585,35 @@ struct trail {
 };
 
 static void trail_to(uintptr_t end, struct trail *out) {
-    struct uvas_node *node = uvas_book.root;
+    struct uvas_node *node = follow(&uvas_book.root);
     out->depth = 0;
     while (node->kind == UVAS_INNER) {
         size_t i = inner_rank(as_inner(node), end - 1);
         out->steps[out->depth++] = (struct step){as_inner(node), i};
-        node = as_inner(node)->child[i];
+        node = follow(&as_inner(node)->child[i]);
     }
     out->leaf = as_leaf(node);
 }
 
 /* The pointer that leads to level `depth` of the trail: the root, or a child slot of the node above. */
-static struct uvas_node **slot_above(const struct trail *trail, uint32_t depth) {
+static uvas_link *slot_above(const struct trail *trail, uint32_t depth) {
     return depth == 0 ? &uvas_book.root : &trail->steps[depth - 1].inner->child[trail->steps[depth - 1].index];
 }
 
 static void sketch(struct uvas_leaf *leaf, const struct uvas_entry *entries, size_t count) {
-    uintptr_t origin = entries[0].base;
-    uint64_t extent = entries[count - 1].end - origin, shift = 0;
-    while ((extent - 1) >> shift >> UVAS_SKETCH_BITS) {
+    const uint64_t parts = sizeof leaf->sketch;
+    uintptr_t low = entries[0].base, last = entries[count - 1].end - 1;
+    uint64_t shift = 0;
+    while ((last >> shift) - (low >> shift) >= parts) {
         shift++;
     }
-    put(&leaf->origin, origin);
-    put(&leaf->shift, shift);
-    size_t part = 0;
-    for (size_t i = 0; i < count; i++) { /* parts that start below this end, and at or above the one before */
-        for (; part << shift < entries[i].end - origin; part++) {
-            __atomic_store_n(&leaf->sketch[part], (uint8_t)i, __ATOMIC_RELAXED);
+    leaf->shift = shift;
+    uint64_t part = low >> shift, until = part + parts;
+    for (size_t i = 0; i < count; i++) { /* the parts that start below this end, and not below the one before */
+        uint64_t up_to = i + 1 < count ? ((entries[i].end - 1) >> shift) + 1 : until;
+        for (; part < up_to; part++) {
+            __atomic_store_n(&leaf->sketch[part % parts], (uint8_t)i, __ATOMIC_RELAXED);
         }
-    }
-    for (; part < sizeof leaf->sketch; part++) {
-        __atomic_store_n(&leaf->sketch[part], (uint8_t)(count - 1), __ATOMIC_RELAXED);
     }
 }
 
@@ -664,7 +665,7 @@ static struct uvas_inner *new_inner(const struct branch *branches, size_t count)
 static size_t read_inner(const struct uvas_inner *inner, struct branch *branches) {
     size_t count = inner_count(inner);
     for (size_t i = 0; i < count; i++) {
-        branches[i] = (struct branch){.key = get(&inner->key[i]), .child = inner->child[i]};
+        branches[i] = (struct branch){.key = get(&inner->key[i]), .child = follow(&inner->child[i])};
     }
     return count;
 }
@@ -711,7 +712,7 @@ int uvas_registry_insert(uintptr_t base, uintptr_t end, uint64_t value, struct u
     }
     struct uvas_entry fresh = {.base = base, .end = end, .value = value};
     ranges++;
-    if (!uvas_book.root) {
+    if (!follow(&uvas_book.root)) {
         publish(&uvas_book.root, &new_leaf(&fresh, 1)->node);
         return 0;
     }
@@ -758,7 +759,7 @@ static struct uvas_node *joined(struct uvas_node *first, uintptr_t fence, struct
 
 /* The root became `is`: a lone child takes its place; NULL is an empty tree. */
 static void shrink_root(struct uvas_node *old, struct uvas_node *is) {
-    struct uvas_node *only = is && is->kind == UVAS_INNER && inner_count(as_inner(is)) == 1 ? as_inner(is)->child[0] : NULL;
+    struct uvas_node *only = is && is->kind == UVAS_INNER && inner_count(as_inner(is)) == 1 ? follow(&as_inner(is)->child[0]) : NULL;
     publish(&uvas_book.root, only ? only : is);
     if (only) {
         retire(&inners, is);
@@ -867,7 +868,7 @@ static void survey_node(const struct uvas_node *node, size_t depth, uintptr_t ab
         for (size_t i = 0; i < count; i++) {
             uintptr_t key = i + 1 < count ? inner->key[i] : fence;
             survey->wrong = i + 1 < count && (key <= above_fence || key > fence) ? "a fence is out of order" : survey->wrong;
-            survey_node(inner->child[i], depth + 1, above_fence, key, survey);
+            survey_node(follow(&inner->child[i]), depth + 1, above_fence, key, survey);
             above_fence = key;
         }
     }
@@ -875,8 +876,9 @@ static void survey_node(const struct uvas_node *node, size_t depth, uintptr_t ab
 
 static struct survey survey_tree(void) {
     struct survey survey = {0};
-    if (uvas_book.root) {
-        survey_node(uvas_book.root, 0, 0, LAST, &survey);
+    struct uvas_node *root = follow(&uvas_book.root);
+    if (root) {
+        survey_node(root, 0, 0, LAST, &survey);
     }
     return survey;
 }
@@ -923,7 +925,7 @@ static void forget_pool(struct pool *pool) {
 }
 
 void uvas_registry_forget(void) {
-    uvas_book.root = NULL;
+    uvas_book.root = UVAS_NO_LEAF;
     ranges = 0;
     __atomic_store_n(&uvas_book.publications, uvas_book.publications + UVAS_REGISTRY_WINDOW, __ATOMIC_RELEASE);
     if (guide) {
