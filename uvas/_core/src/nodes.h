@@ -45,8 +45,12 @@ struct uvas_leaf {
     _Alignas(UVAS_CACHE_LINE) struct uvas_node node;
     uint64_t shift; /* the writer's, under the lock: for links */
     uint64_t unused[4];
-    uint8_t sketch[1u << UVAS_SKETCH_BITS];
-    struct uvas_entry entry[UVAS_LEAF_KEYS]; /* by ascending end, then base and end are UVAS_NO_KEY; a value may also be replaced in place, under the lock (release) */
+    union {
+        uint8_t part[1u << UVAS_SKETCH_BITS];
+        uint64_t word[(1u << UVAS_SKETCH_BITS) / 8]; /* as it is written */
+    } sketch;
+    struct uvas_entry entry[UVAS_LEAF_KEYS]; /* by ascending end; behind the last one base and then all ends are UVAS_NO_KEY. A value may also be
+                                              * replaced in place, under the lock (release) */
 };
 
 struct uvas_inner {
@@ -82,8 +86,8 @@ static inline __attribute__((always_inline)) const struct uvas_entry *uvas_book_
     if ((link & UVAS_NO_LEAF) == UVAS_NO_LEAF || leaf->node.kind != UVAS_LEAF) {
         return NULL;
     }
-    uint64_t part = address >> (link & UVAS_NO_LEAF) & (sizeof leaf->sketch - 1);
-    const struct uvas_entry *entry = &leaf->entry[__atomic_load_n(&leaf->sketch[part], __ATOMIC_RELAXED)];
+    uint64_t part = address >> (link & UVAS_NO_LEAF) & (sizeof leaf->sketch.part - 1);
+    const struct uvas_entry *entry = &leaf->entry[__atomic_load_n(&leaf->sketch.part[part], __ATOMIC_RELAXED)];
     return entry + (uvas_word(&entry->end) <= address);
 }
 

@@ -601,19 +601,24 @@ static uvas_link *slot_above(const struct trail *trail, uint32_t depth) {
 }
 
 static void sketch(struct uvas_leaf *leaf, const struct uvas_entry *entries, size_t count) {
-    const uint64_t parts = sizeof leaf->sketch;
+    uint8_t parts[sizeof leaf->sketch.part] = {0};
     uintptr_t low = entries[0].base, last = entries[count - 1].end - 1;
     uint64_t shift = 0;
-    while ((last >> shift) - (low >> shift) >= parts) {
+    while ((last >> shift) - (low >> shift) >= sizeof parts) {
         shift++;
     }
     leaf->shift = shift;
-    uint64_t part = low >> shift, until = part + parts;
-    for (size_t i = 0; i < count; i++) { /* the parts that start below this end, and not below the one before */
-        uint64_t up_to = i + 1 < count ? ((entries[i].end - 1) >> shift) + 1 : until;
-        for (; part < up_to; part++) {
-            __atomic_store_n(&leaf->sketch[part % parts], (uint8_t)i, __ATOMIC_RELAXED);
+    for (size_t i = 1; i < count; i++) { /* the parts that do not start below the end before, but below this one; the last: all that are left */
+        uint64_t part = ((entries[i - 1].end - 1) >> shift) + 1;
+        uint64_t until = i + 1 < count ? ((entries[i].end - 1) >> shift) + 1 : (low >> shift) + sizeof parts;
+        for (; part < until; part++) {
+            parts[part % sizeof parts] = (uint8_t)i;
         }
+    }
+    for (size_t i = 0; i < sizeof parts / sizeof(uint64_t); i++) {
+        uint64_t word;
+        memcpy(&word, &parts[i * sizeof word], sizeof word);
+        put(&leaf->sketch.word[i], word);
     }
 }
 
@@ -632,8 +637,8 @@ static struct uvas_leaf *new_leaf(const struct uvas_entry *entries, size_t count
     }
     for (size_t i = count; i < LEAF_KEYS; i++) {
         put(&leaf->entry[i].end, LAST);
-        put(&leaf->entry[i].base, LAST);
     }
+    put(&leaf->entry[count].base, LAST); /* a lookup never looks beyond it */
     sketch(leaf, entries, count);
     return leaf;
 }
