@@ -61,7 +61,7 @@ static uintptr_t by_binary_search(uintptr_t address) {
     return address >= book[at].base && address < book[at].end ? book[at].base : 0;
 }
 
-static uintptr_t by_granule(uintptr_t address) {
+static inline uintptr_t by_granule(uintptr_t address) {
     uint32_t at = granules[(address - BASE) >> GRANULE_BITS];
     return at && address < book[at - 1].end ? book[at - 1].base : 0;
 }

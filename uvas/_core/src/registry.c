@@ -603,10 +603,8 @@ static uvas_link *slot_above(const struct trail *trail, uint32_t depth) {
 static void sketch(struct uvas_leaf *leaf, const struct uvas_entry *entries, size_t count) {
     uint8_t parts[sizeof leaf->sketch.part] = {0};
     uintptr_t low = entries[0].base, last = entries[count - 1].end - 1;
-    uint64_t shift = 0;
-    while ((last >> shift) - (low >> shift) >= sizeof parts) {
-        shift++;
-    }
+    uint64_t bits = 64 - (uint64_t)__builtin_clzll(last - low + 1), shift = bits > UVAS_SKETCH_BITS ? bits - UVAS_SKETCH_BITS : 0;
+    shift += (last >> shift) - (low >> shift) >= sizeof parts; /* where they lie across one part more */
     leaf->shift = shift;
     for (size_t i = 1; i < count; i++) { /* the parts that do not start below the end before, but below this one; the last: all that are left */
         uint64_t part = ((entries[i - 1].end - 1) >> shift) + 1;

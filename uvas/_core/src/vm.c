@@ -128,7 +128,10 @@ static inline int gate(void) {
 
 /* ---- mmap, and other kernels' ways with it ------------------------------------------------------------------------------------- */
 
-static long map_native(uintptr_t base, size_t size, int protection, int flags, int fd, int64_t offset) {
+/* Between a system call and the caller: each return after the kernel was entered is mispredicted, as it empties the stack of return addresses. */
+#define FLAT static inline __attribute__((always_inline))
+
+FLAT long map_native(uintptr_t base, size_t size, int protection, int flags, int fd, int64_t offset) {
     long at = syscall(SYS_mmap, base, size, protection, flags, fd, offset);
     return at == -1 ? -errno : at;
 }
@@ -173,7 +176,7 @@ static long map_imitated(uint32_t kernel, uintptr_t base, size_t size, int prote
     }
 }
 
-static long map(uintptr_t base, size_t size, int protection, int flags, int fd, int64_t offset) {
+FLAT long map(uintptr_t base, size_t size, int protection, int flags, int fd, int64_t offset) {
     int refused = gate();
     if (refused) {
         return -refused;
@@ -188,7 +191,7 @@ static long map(uintptr_t base, size_t size, int protection, int flags, int fd, 
 /* ---- addresses ----------------------------------------------------------------------------------------------------------------- */
 
 /* Maps at base or nowhere. The kernel's answer is compared with the request whatever it promised. */
-static int map_exactly(uintptr_t base, size_t size, int protection, int flags, int fd, int64_t offset, uintptr_t *stray) {
+FLAT int map_exactly(uintptr_t base, size_t size, int protection, int flags, int fd, int64_t offset, uintptr_t *stray) {
     long at = map(base, size, protection, flags, fd, offset);
     *stray = 0;
     if (at < 0) {
