@@ -88,7 +88,7 @@ def lines() -> list[Line]:
                  "`mmap` + `munmap`", threads("R1 threads", "raw anonymous", count)),
             Line(f"the same against UMF's OS provider, {count} threads", threads("R1 threads", "uvas untagged", count),
                  "alloc + free", threads("R1 threads", "UMF's OS provider", count)),
-            Line(f"reserve + release from Python, untagged, {count} threads", threads("R2 threads", "uvas untagged", count),
+            Line(f"reserve + release from Python, {count} threads", threads("R2 threads", "uvas untagged", count),
                  "`mmap.mmap(-1, 4096)` + close", threads("R2 threads", "mmap.mmap(-1, 4096) + close", count)),
             Line(f"whose address? 10,000 ranges, C, {count} threads", threads("R4 threads", "uvas_find", count),
                  "`umfPoolByPtr`", threads("R4 threads", "umfPoolByPtr", count)),

@@ -126,10 +126,7 @@ def install(kernels: list[Kernel]) -> None:
     subprocess.run([*get, "update"], env=environment, check=False, capture_output=True)
     for package in packages:  # one that does not exist here must not keep the others out
         subprocess.run(
-            [*get, "install", "-y", "--no-install-recommends", package],
-            env=environment,
-            check=False,
-            capture_output=True,
+            [*get, "install", "-y", "--no-install-recommends", package], env=environment, check=False, capture_output=True
         )
 
 
