@@ -24,7 +24,7 @@ from uvas._core import fast, ffi, lib
 from uvas.interrupts import held_back
 
 if TYPE_CHECKING:
-    from uvas.reservation import Reservation
+    from uvas.reservation import Adoption, Reservation
 
 Errand = tuple[Callable[[int], int], int, object]
 """A function of the core, the id to call it with, and what must live until then. Nobody learns what it answers."""
