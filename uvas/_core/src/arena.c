@@ -306,6 +306,11 @@ int uvas_arena_close(uvas_id id) {
         uvas_heap_empty(heap);
     }
     uvas_heap_empty(&arena->orphans);
+    while (arena->stuck) { /* their guards go with the mapping */
+        struct uvas_run *run = arena->stuck;
+        arena->stuck = run->next;
+        (void)uvas_pages_give(arena, run, NULL);
+    }
     detach_heaps(arena);
     (void)pthread_mutex_unlock(&arena->lock);
     (void)pthread_mutex_unlock(&arena->door);

@@ -239,6 +239,7 @@ struct uvas_arena {
     _Atomic(struct uvas_region *) regions[UVAS_REGIONS_MAX]; /* appended under lock, read by anyone */
     _Atomic uint32_t region_count;
     bool growing; /* one thread takes a reservation; under lock */
+    struct uvas_run *stuck; /* freed blocks (state KEPT) whose guards the kernel did not take down; by `next`, under lock */
     uint32_t giving; /* threads that give memory back, which need no block to be here; under lock. close waits for them */
     size_t used_bytes, peak_bytes, committed_bytes, reserved_bytes;
     uint64_t ended_blocks, ended_bytes, ended_late; /* what heaps that are gone had counted */
