@@ -555,34 +555,24 @@ QUICK int free_inside(struct uvas_heap *heap, uintptr_t address, struct uvas_run
     return free_other(heap, address, found);
 }
 
-/* The guard comes down before the pages are anybody else's. Outside; the run is BUSY, and nobody's any more. Where the kernel does not let it (it has
- * no memory for that), the run waits for the next guarded block that is freed, or for the arena's end. */
-static void unguard(struct uvas_arena *arena, struct uvas_run *run) {
+/* The guard comes down before the pages are anybody else's. Outside; the run is BUSY. */
+static int free_guarded(struct uvas_arena *arena, struct uvas_run *run) {
     size_t guard = atomic_load_explicit(&run->guard, memory_order_relaxed);
-    bool down = uvas_vm_unguard(uvas_run_base(run) + uvas_run_bytes(run) - guard, guard) == 0;
+    int rc = uvas_vm_unguard(uvas_run_base(run) + uvas_run_bytes(run) - guard, guard);
     (void)pthread_mutex_lock(&arena->lock);
-    if (down) {
+    bool others = rc == 0 && arena->stuck;
+    if (rc == 0) {
         (void)uvas_pages_give(arena, run, NULL);
-    } else {
-        atomic_store_explicit(&run->state, UVAS_RUN_KEPT, memory_order_release);
+    } else { /* free all the same: the pages wait for a kernel that takes it */
         run->next = arena->stuck;
         arena->stuck = run;
+        atomic_store_explicit(&run->state, UVAS_RUN_KEPT, memory_order_release);
     }
     (void)pthread_mutex_unlock(&arena->lock);
-}
-
-static void free_guarded(struct uvas_arena *arena, struct uvas_run *run) {
-    (void)pthread_mutex_lock(&arena->lock);
-    struct uvas_run *waiting = arena->stuck;
-    if (waiting) {
-        arena->stuck = waiting->next;
-        atomic_store_explicit(&waiting->state, UVAS_RUN_BUSY, memory_order_release);
+    if (others) {
+        uvas_pages_unguard(arena);
     }
-    (void)pthread_mutex_unlock(&arena->lock);
-    unguard(arena, run);
-    if (waiting) {
-        unguard(arena, waiting);
-    }
+    return 0;
 }
 
 static void poison(const struct uvas_arena *arena, uintptr_t address) {
@@ -619,8 +609,7 @@ SLOW static int free_any(uvas_id id, uintptr_t address, bool wait) {
     rc = free_inside(heap, address, &run);
     uvas_heap_leave(heap);
     if (rc == WANTS_OUTSIDE) {
-        free_guarded(arena, run);
-        return 0;
+        return free_guarded(arena, run);
     }
     if (rc == GIVE_IDLE && wait) {
         trim_idle(arena);

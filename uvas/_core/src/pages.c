@@ -409,6 +409,7 @@ int uvas_pages_take(const struct uvas_request *request, struct uvas_run **run, b
         }
         if (!collected) {
             collected = true;
+            uvas_pages_unguard(arena);
             uvas_pages_collect(arena);
             continue;
         }
@@ -570,6 +571,28 @@ static void end_giving(struct uvas_arena *arena) {
     (void)pthread_mutex_unlock(&arena->lock);
 }
 
+void uvas_pages_unguard(struct uvas_arena *arena) {
+    if (!begin_giving(arena)) {
+        return;
+    }
+    struct uvas_run *run = arena->stuck, *next;
+    arena->stuck = NULL;
+    for (; run; run = next) {
+        next = run->next;
+        size_t guard = atomic_load_explicit(&run->guard, memory_order_relaxed);
+        (void)pthread_mutex_unlock(&arena->lock);
+        int rc = uvas_vm_unguard(uvas_run_base(run) + uvas_run_bytes(run) - guard, guard);
+        (void)pthread_mutex_lock(&arena->lock);
+        if (rc == 0) {
+            (void)uvas_pages_give(arena, run, NULL);
+        } else {
+            run->next = arena->stuck;
+            arena->stuck = run;
+        }
+    }
+    end_giving(arena);
+}
+
 uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most) {
     uint64_t given = 0;
     if (!begin_giving(arena)) {
@@ -719,10 +742,12 @@ int uvas_pages_drop_region(struct uvas_arena *arena, struct uvas_region *region)
         rc = released < 0 ? released : rc;
     }
     uvas_vm_close(region->huge);
-    struct uvas_run *hole = uvas_region_find(region, base);
-    if (hole && uvas_run_state(hole) == UVAS_RUN_HOLE) { /* of a closing arena, all of it */
-        atomic_store_explicit(&hole->state, UVAS_RUN_NONE, memory_order_release);
-        uvas_metadata_give(UVAS_METADATA_RUN, hole);
+    for (uintptr_t at = base; at - base < bytes;) { /* of a closing arena one hole, or some and what stuck between them */
+        struct uvas_run *run = uvas_region_find(region, at);
+        assert(run && uvas_run_state(run) != UVAS_RUN_LARGE && uvas_run_state(run) != UVAS_RUN_SLAB);
+        at += uvas_run_bytes(run);
+        atomic_store_explicit(&run->state, UVAS_RUN_NONE, memory_order_release);
+        uvas_metadata_give(UVAS_METADATA_RUN, run);
     }
     uvas_region_give(region);
     return rc;
