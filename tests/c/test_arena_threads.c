@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 
 #include "blocks.h"
@@ -112,6 +113,46 @@ static void the_owner_gets_its_memory_back(void) {
     in_order(&scene);
     join(&thread, 1);
     end_scene(&scene);
+}
+
+#define RING 16u
+#define BLOCKS_IN_RING 100000u
+#define SPIN 100u
+
+static _Atomic uintptr_t ring[RING];
+
+static void *frees_from_the_ring(void *unused) {
+    (void)unused;
+    for (size_t i = 0; i < BLOCKS_IN_RING; i++) {
+        uintptr_t at;
+        for (unsigned turns = 0; !(at = atomic_load_explicit(&ring[i % RING], memory_order_acquire)); turns++) {
+            (void)(turns > SPIN && sched_yield());
+        }
+        atomic_store_explicit(&ring[i % RING], 0, memory_order_release);
+        CHECK_OK(uvas_free(scene.arena, at));
+    }
+    return NULL;
+}
+
+/* The owner takes in what others free while they free it: nobody is told that a free was none, and none is lost. */
+static void frees_meet_their_collector(void) {
+    static const size_t of[] = {64 * KIB, 20000, 1000};
+    for (size_t k = 0; k < 3; k++) {
+        pthread_t thread;
+        scene = growing_scene(NULL);
+        start(&thread, 1, frees_from_the_ring);
+        for (size_t i = 0; i < BLOCKS_IN_RING; i++) {
+            uintptr_t at = must_alloc(scene.arena, of[k], 0);
+            for (unsigned turns = 0; atomic_load_explicit(&ring[i % RING], memory_order_acquire); turns++) {
+                (void)(turns > SPIN && sched_yield());
+            }
+            atomic_store_explicit(&ring[i % RING], at, memory_order_release);
+        }
+        join(&thread, 1);
+        in_order(&scene);
+        CHECK(stats_of(scene.arena).live_blocks == 0 && stats_of(scene.arena).late_frees == 0);
+        end_scene(&scene);
+    }
 }
 
 /* ---- double frees that race ------------------------------------------------------------------------------------------------- */
@@ -475,6 +516,7 @@ int main(int argc, char **argv) {
         void (*run)(void);
     } tests[] = {{"freed_by_another_thread", freed_by_another_thread},
                  {"the_owner_gets_its_memory_back", the_owner_gets_its_memory_back},
+                 {"frees_meet_their_collector", frees_meet_their_collector},
                  {"two_free_the_same_block", two_free_the_same_block},
                  {"two_strangers_free_the_same_block", two_strangers_free_the_same_block},
                  {"what_threads_keep_is_no_obstacle", what_threads_keep_is_no_obstacle},
