@@ -262,11 +262,11 @@ static int say_full(const struct uvas_request *request, bool limit) {
     struct uvas_failure *failure = limit ? uvas_fail(UVAS_FAILURE_MEMORY, -ENOMEM) : uvas_fail(UVAS_FAILURE_EXHAUSTED, -ENOSPC);
     failure->size = request->asked;
     failure->value = limit ? arena->limit : arena->reserved_bytes;
-    failure->other_size = hole;
+    failure->other_size = limit ? hole : 0; /* of exhaustion it is the window, and there was none */
     (void)snprintf(failure->what, sizeof failure->what, "arena %.50s", arena->name);
     (void)snprintf(failure->remedy, sizeof failure->remedy, "%s",
                    limit ? "free blocks, or give the arena a larger limit" : "free blocks, or make the arena over a space, where it can grow");
-    return uvas_fail_say(failure, "arena %s has no room for %zu bytes: %zu are in use of %s %zu, the largest hole has %zu", arena->name, request->asked,
+    return uvas_fail_say(failure, "arena \"%s\" has no room for %zu bytes: %zu are in use of %s %zu, the largest hole has %zu", arena->name, request->asked,
                          used, limit ? "a limit of" : "its", (size_t)failure->value, hole);
 }
 
