@@ -269,7 +269,7 @@ static void realloc_keeps_contents(void) {
 
 static void realloc_in_place(void) {
     struct scene scene = fixed_scene(64 * MIB, NULL);
-    uintptr_t at = must_alloc(scene.arena, 100 * KIB, 0), next, got;
+    uintptr_t at = must_alloc(scene.arena, 400 * KIB, 0), next, got;
     CHECK_OK(uvas_realloc(scene.arena, at, 10 * MIB, &got)); /* nobody is behind it */
     CHECK(got == at && usable(scene.arena, at) == 10 * MIB);
     write_pattern(at, 10 * MIB, 1);

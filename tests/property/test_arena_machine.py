@@ -30,7 +30,7 @@ sizes = st.one_of(
     st.integers(1, 300),
     st.integers(1, SMALL_MAX),
     st.sampled_from([16, 128, 129, 4095, 4096, 4097, SMALL_MAX - 1, SMALL_MAX, SMALL_MAX + 1]),
-    st.integers(SMALL_MAX, 40 * PAGE),
+    st.integers(SMALL_MAX, 200 * PAGE),
     st.integers(1, 5 * MIB),
 )
 aligns = st.one_of(st.just(0), st.sampled_from([16, 64, PAGE, 4 * PAGE, 64 * PAGE, 2 * MIB]))

@@ -300,14 +300,14 @@ UVAS_API int uvas_space_of(uvas_id id, uvas_id *out);
 
 enum uvas_arena_flags {
     UVAS_ARENA_BARE = 1,   /* addresses only: never commits anything; the caller maps what it likes behind a block */
-    UVAS_ARENA_GUARD = 2,  /* a page that faults after each large block; it costs no mapping */
+    UVAS_ARENA_GUARD = 2,  /* a page that faults after each block of more than 64 KiB; it costs no mapping */
     UVAS_ARENA_POISON = 4, /* blocks are filled with 0xdf when they are freed, which touches them */
     UVAS_ARENA_BIND = 8,   /* memory of NUMA node `node` only */
 };
 
 enum uvas_arena_pages { /* what the memory is made of */
-    UVAS_PAGES_ANY = 0,         /* as the kernel likes */
-    UVAS_PAGES_TRANSPARENT = 1, /* the kernel is asked for transparent huge pages, in aligned spans of 2 MiB */
+    UVAS_PAGES_ANY = 0,         /* transparent huge pages are asked for in blocks of 4 MiB and more, otherwise as the kernel likes */
+    UVAS_PAGES_TRANSPARENT = 1, /* they are asked for everywhere, in aligned spans of 2 MiB */
     UVAS_PAGES_HUGE = 2,        /* 2 MiB pages that the administrator set aside; -ENOTSUP where there are none */
 };
 

@@ -15,6 +15,7 @@
 #define RECIPROCAL_BITS 40 /* slab.c */
 #define POISON 0xdf
 #define ALIGN_LEAST ((size_t)16)
+#define GUARDED_LEAST ((size_t)64 << 10) /* in an arena with guards larger blocks have pages of their own, and a guard */
 #define VISITS 16u /* one in so many reads the clock */
 
 #define LIKELY(condition) __builtin_expect(!!(condition), 1)
@@ -288,7 +289,7 @@ static int take_run(struct uvas_heap *heap, const struct ask *ask, size_t bytes,
     }
     atomic_store_explicit(&run->guard, 0, memory_order_relaxed);
     *out = run;
-    return arena->flags & UVAS_ARENA_GUARD ? put_guard(arena, run) : 0;
+    return (arena->flags & UVAS_ARENA_GUARD) && ask->size > GUARDED_LEAST ? put_guard(arena, run) : 0;
 }
 
 static int alloc_large(struct uvas_heap *heap, const struct ask *ask, uintptr_t *out) {
@@ -297,7 +298,7 @@ static int alloc_large(struct uvas_heap *heap, const struct ask *ask, uintptr_t 
                                              uvas_vm_platform.address_bits)
                          : -EAGAIN;
     }
-    bool guarded = heap->hardened & UVAS_ARENA_GUARD;
+    bool guarded = (heap->hardened & UVAS_ARENA_GUARD) && ask->size > GUARDED_LEAST;
     size_t least = whole_pages(ask->size) + (guarded ? uvas_page() : 0), bytes = guarded ? least : stepped_pages(ask->size);
     if (guarded && !ask->wait) {
         return -EAGAIN;
@@ -398,7 +399,8 @@ static uint32_t class_for(size_t size, size_t align) {
 }
 
 static int try_alloc(struct uvas_heap *heap, const struct ask *ask, uintptr_t *out) {
-    uint32_t class = class_for(ask->size, ask->align);
+    bool guarded = (heap->hardened & UVAS_ARENA_GUARD) && ask->size > GUARDED_LEAST;
+    uint32_t class = guarded ? UVAS_CLASSES : class_for(ask->size, ask->align);
     return class < UVAS_CLASSES ? alloc_small(heap, ask, class, out) : alloc_large(heap, ask, out);
 }
 
@@ -723,13 +725,13 @@ int uvas_realloc(uvas_id id, uintptr_t address, size_t size, uintptr_t *out) {
     }
     bool small = uvas_run_state(run) == UVAS_RUN_SLAB, guarded = atomic_load_explicit(&run->guard, memory_order_relaxed) != 0;
     bool stays = small ? size <= bytes && size > bytes / 2 : whole_pages(size) == bytes || stepped_pages(size) == bytes;
-    bool grows = !stays && !small && !guarded && size > UVAS_SMALL_MAX;
-    if (grows) {
+    bool in_place = !stays && !small && !guarded; /* a large one that becomes a small one moves, unless there is no room */
+    if (in_place && size > UVAS_SMALL_MAX) {
         stays = uvas_pages_resize(arena, run, whole_pages(size)) == 0;
     }
     if (!stays) {
         int rc = move(arena, id, address, bytes, size, out);
-        if (rc == 0 || !grows || (rc != -ENOMEM && rc != -ENOSPC)) {
+        if (rc == 0 || !in_place || (rc != -ENOMEM && rc != -ENOSPC)) {
             return rc;
         }
         if (uvas_pages_resize(arena, run, whole_pages(size)) < 0) { /* what threads kept was called in: it may have been behind the block, or in the limit */
