@@ -107,6 +107,15 @@ def test_resize_keeps_what_fits(arena: uvas.Arena) -> None:
         assert np.fromiter((i for i in range(10_000)), int).sum() == 49_995_000
 
 
+def test_numpy_calls_without_the_gil_too(arena: uvas.Arena) -> None:
+    text = " ".join(map(str, range(200_000)))
+    with uvas.numpy_allocator(arena):
+        array = np.fromstring(text, int, sep=" ")
+        assert (array == np.arange(200_000)).all()
+        assert is_from(array, arena)
+    del array
+
+
 def test_arrays_outlive_the_block_and_keep_the_arena(space: uvas.AddressSpace) -> None:
     with uvas.Arena(space) as arena, uvas.numpy_allocator(arena):
         array = np.arange(100)
