@@ -1,4 +1,4 @@
-"""All benchmarks, then the report: ``python benchmarks [--quick]``, a few minutes."""
+"""All benchmarks, then the report: ``python benchmarks [--quick]``, tens of minutes; --quick: less."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-for name in ("reserve", "find", "devices"):
+for name in ("reserve", "find", "devices", "threads", "alloc", "alloc_python"):
     subprocess.run([sys.executable, HERE / f"{name}.py", *sys.argv[1:]], check=True)
 subprocess.run([sys.executable, HERE / "report.py"], check=True)

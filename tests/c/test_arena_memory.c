@@ -196,6 +196,23 @@ static void trim_leaves_what_lives(void) {
     end_scene(&scene);
 }
 
+/* Also what was committed in advance, behind blocks that live. */
+static void trim_leaves_nothing_behind_holes(void) {
+    struct scene scene = growing_scene(&(struct uvas_arena_options){.growth = 4 * GIB, .idle_ns = UINT64_MAX});
+    uintptr_t held[300];
+    for (size_t i = 0; i < 300; i++) {
+        held[i] = must_alloc(scene.arena, MIB, 0);
+        write_pattern(held[i], MIB, i);
+    }
+    CHECK_OK(uvas_arena_trim(scene.arena, NULL));
+    CHECK(stats_of(scene.arena).committed_bytes == 300 * MIB && stats_of(scene.arena).resident_bytes <= 300 * MIB);
+    for (size_t i = 0; i < 300; i++) {
+        verify_pattern(held[i], MIB, i);
+        CHECK_OK(uvas_free(scene.arena, held[i]));
+    }
+    end_scene(&scene);
+}
+
 static uint64_t committed_after_naps(uvas_id arena, uint64_t until, int naps) {
     uint64_t committed = stats_of(arena).committed_bytes;
     for (int i = 0; i < naps && committed > until; i++) {
@@ -553,6 +570,7 @@ int main(int argc, char **argv) {
                  {"bookkeeping_is_small", bookkeeping_is_small},
                  {"trim_gives_memory_back", trim_gives_memory_back},
                  {"trim_leaves_what_lives", trim_leaves_what_lives},
+                 {"trim_leaves_nothing_behind_holes", trim_leaves_nothing_behind_holes},
                  {"what_is_idle_is_given_back", what_is_idle_is_given_back},
                  {"what_was_used_lately_stays", what_was_used_lately_stays},
                  {"a_bare_arena_commits_nothing", a_bare_arena_commits_nothing},

@@ -42,7 +42,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from c.run import CORE, Builder, tests  # noqa: E402  # beside this directory, which is no package
 
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 FLAGS = {1: "honoured", 2: "answers ENOMEM", 3: "ignored: moves", 4: "replaces on partial overlap", 5: "refused"}
 RACE = re.compile(r"ok stress_space .*?: (\d+) reserved, .*? (\d+) foreign")
 

@@ -49,6 +49,8 @@ PATIENCE = 10
 """A mutant's test may take so many times as long as it took unchanged, and..."""
 PATIENCE_S = 15
 """...so much longer: what hangs is killed, but must not keep everybody waiting."""
+STRESS_S = 10
+"""For a stress test: on a busy machine it takes longer until two threads meet; a mutant that is caught is soon done."""
 GRACE_S = 10
 """For pytest to say that its own timeout has struck."""
 
@@ -75,7 +77,8 @@ class Killer:
         if not self.in_c:
             return pytest(timeout_s, "-x", self.name)
         sanitizer = ["--sanitizer", self.sanitizer] if self.sanitizer else []
-        return ["tests/c/run.py", *sanitizer, self.name.removeprefix("c:")]
+        seconds = 2 * STRESS_S if sanitizer else STRESS_S
+        return ["tests/c/run.py", "--seconds", str(seconds), *sanitizer, self.name.removeprefix("c:")]
 
     def verdict(self, code: int, output: str) -> tuple[str, str]:
         """Return what an exit code and an output mean, and in which words the test said so."""

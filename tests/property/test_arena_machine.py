@@ -23,7 +23,7 @@ from uvas._core import ffi, lib
 
 BASE = ARENA + (9 << 32)
 SMALL_MAX = 65536
-MOST = 2000 if os.environ.get("UVAS_FULL") == "1" else 150
+MOST = 1000 if os.environ.get("UVAS_FULL") == "1" else 150
 T = TypeVar("T")
 
 sizes = st.one_of(
@@ -225,7 +225,8 @@ class ArenaMachine(RuleBasedStateMachine):
             assert after.largest_hole == max((end - base for base, end in self.model.holes()), default=0)
             assert after.hole_count == len(self.model.holes())
         if not self.model.blocks:
-            assert after.committed_bytes == 0
+            assert after.resident_bytes == 0
+            assert after.committed_bytes == 0 or self.model.size < 2 * MIB  # less than a span: emptied
 
     @rule()
     def close_too_early(self) -> None:

@@ -483,7 +483,7 @@ def test_9_sigint_at_random_moments_leaks_nothing() -> None:
         pester.kill()
         pester.wait()
         held = array = None
-        for _ in range(1000):
+        for _ in range(100):
             gc.collect()
             if space.stats().reservations == 0:
                 break

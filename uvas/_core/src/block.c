@@ -559,14 +559,19 @@ QUICK int free_inside(struct uvas_heap *heap, uintptr_t address, struct uvas_run
 static int free_guarded(struct uvas_arena *arena, struct uvas_run *run) {
     size_t guard = atomic_load_explicit(&run->guard, memory_order_relaxed);
     int rc = uvas_vm_unguard(uvas_run_base(run) + uvas_run_bytes(run) - guard, guard);
-    if (rc < 0) {
-        rc = uvas_fail_system(uvas_run_base(run), uvas_run_bytes(run), "madvise(MADV_GUARD_REMOVE)", rc);
-        atomic_store_explicit(&run->state, UVAS_RUN_LARGE, memory_order_release); /* as it was */
-        return rc;
-    }
     (void)pthread_mutex_lock(&arena->lock);
-    (void)uvas_pages_give(arena, run, NULL);
+    bool others = rc == 0 && arena->stuck;
+    if (rc == 0) {
+        (void)uvas_pages_give(arena, run, NULL);
+    } else { /* free all the same: the pages wait for a kernel that takes it */
+        run->next = arena->stuck;
+        arena->stuck = run;
+        atomic_store_explicit(&run->state, UVAS_RUN_KEPT, memory_order_release);
+    }
     (void)pthread_mutex_unlock(&arena->lock);
+    if (others) {
+        uvas_pages_unguard(arena);
+    }
     return 0;
 }
 

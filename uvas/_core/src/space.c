@@ -7,6 +7,7 @@
 
 #include "failure.h"
 #include "limits.h"
+#include "nodes.h"
 #include "registry.h"
 #include "space.h"
 
@@ -343,10 +344,19 @@ static void tell(const struct uvas_entry *entry, struct uvas_found *out) {
     out->kind = entry->value & UVAS_REGISTRY_FOREIGN ? UVAS_ADOPTION : UVAS_RESERVATION;
 }
 
-int uvas_find(uintptr_t address, struct uvas_found *out) {
+static __attribute__((noinline)) int find_in_doubt(uintptr_t address, struct uvas_found *out) {
     struct uvas_entry entry;
     if (!uvas_registry_find(address, &entry)) {
         return -ENOENT;
+    }
+    tell(&entry, out);
+    return 0;
+}
+
+int uvas_find(uintptr_t address, struct uvas_found *out) {
+    struct uvas_entry entry;
+    if (!uvas_book_holds(address, &entry)) {
+        return find_in_doubt(address, out);
     }
     tell(&entry, out);
     return 0;
