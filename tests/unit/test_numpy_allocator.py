@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
+import on_device
 import pytest
 from machine import MIB
 
@@ -292,18 +293,13 @@ def test_two_threads_of_a_child_agree_on_its_arena(arena: uvas.Arena) -> None:
         in_child(child)
 
 
-def total_there(array: np.ndarray) -> tuple[int, bool]:
-    """Run in another process."""
-    return int(array.sum()), uvas.is_unified(uvas.ones(10))
-
-
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_multiprocessing(arena: uvas.Arena, method: str) -> None:
     with uvas.numpy_allocator(arena):
         array = np.arange(1000)
         with multiprocessing.get_context(method).Pool(2) as pool:
-            assert pool.map(total_there, [array] * 4) == [(499_500, True)] * 4
+            assert pool.map(on_device.total_and_own, [array] * 4) == [(499_500, True)] * 4
     del array
 
 
