@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 
 #include "blocks.h"
@@ -114,9 +115,107 @@ static void the_owner_gets_its_memory_back(void) {
     end_scene(&scene);
 }
 
+#define RING 16u
+#define BLOCKS_IN_RING 100000u
+#define SPIN 100u
+
+static _Atomic uintptr_t ring[RING];
+
+static void *frees_from_the_ring(void *unused) {
+    (void)unused;
+    for (size_t i = 0; i < BLOCKS_IN_RING; i++) {
+        uintptr_t at;
+        for (unsigned turns = 0; !(at = atomic_load_explicit(&ring[i % RING], memory_order_acquire)); turns++) {
+            (void)(turns > SPIN && sched_yield());
+        }
+        atomic_store_explicit(&ring[i % RING], 0, memory_order_release);
+        CHECK_OK(uvas_free(scene.arena, at));
+    }
+    return NULL;
+}
+
+/* The owner takes in what others free while they free it: nobody is told that a free was none, and none is lost. */
+static void frees_meet_their_collector(void) {
+    static const size_t of[] = {64 * KIB, 20000, 1000};
+    for (size_t k = 0; k < 3; k++) {
+        pthread_t thread;
+        scene = growing_scene(NULL);
+        start(&thread, 1, frees_from_the_ring);
+        for (size_t i = 0; i < BLOCKS_IN_RING; i++) {
+            uintptr_t at = must_alloc(scene.arena, of[k], 0);
+            for (unsigned turns = 0; atomic_load_explicit(&ring[i % RING], memory_order_acquire); turns++) {
+                (void)(turns > SPIN && sched_yield());
+            }
+            atomic_store_explicit(&ring[i % RING], at, memory_order_release);
+        }
+        join(&thread, 1);
+        in_order(&scene);
+        CHECK(stats_of(scene.arena).live_blocks == 0 && stats_of(scene.arena).late_frees == 0);
+        end_scene(&scene);
+    }
+}
+
 /* ---- double frees that race ------------------------------------------------------------------------------------------------- */
 
 static _Atomic int answers[2];
+static _Atomic uintptr_t given[2];
+static atomic_bool over;
+
+/* Has the calling thread take in what others free, without its handing out any of it: an alignment is for the slower ways, which look. */
+static void takes_in(void) {
+    CHECK_OK(uvas_free(scene.arena, must_alloc(scene.arena, 1000, 64)));
+}
+
+static void *frees_what_is_given(void *argument) {
+    size_t me = (size_t)argument;
+    while (!atomic_load(&over)) {
+        uintptr_t at = atomic_load(&given[me]);
+        if (at) {
+            atomic_store(&answers[me], uvas_free(scene.arena, at));
+            CHECK(uvas_free(scene.arena, at) == -EINVAL); /* it has been freed by then, by this thread or the other one */
+            atomic_store(&given[me], 0);
+        } else {
+            (void)sched_yield();
+        }
+    }
+    return NULL;
+}
+
+/* Freed twice, one after the other or at once, while the owner takes it in: a second free is seen as one, and none frees the block's next life. */
+static void the_owner_takes_in_what_is_freed_twice(void) {
+    pthread_t threads[2];
+    scene = growing_scene(NULL);
+    atomic_store(&over, false);
+    start(threads, 2, frees_what_is_given);
+    uintptr_t keeps = must_alloc(scene.arena, 64, 0);
+    for (size_t round = 0; round < 20000; round++) {
+        uintptr_t at = must_alloc(scene.arena, 64, 0), other = must_alloc(scene.arena, 64, 0);
+        atomic_store(&answers[0], 0);
+        atomic_store(&answers[1], 0);
+        atomic_store(&given[0], at);
+        atomic_store(&given[1], round % 2 ? at : other);
+        while (atomic_load(&given[0]) || atomic_load(&given[1])) {
+            takes_in();
+        }
+        CHECK(atomic_load(&answers[0]) == 0 || (round % 2 && atomic_load(&answers[1]) == 0));
+        CHECK(round % 2 || atomic_load(&answers[1]) == 0);
+        if (round % 2) {
+            CHECK_OK(uvas_free(scene.arena, other));
+        }
+        uintptr_t one = must_alloc(scene.arena, 64, 0), two = must_alloc(scene.arena, 64, 0);
+        takes_in();
+        uintptr_t three = must_alloc(scene.arena, 64, 0);
+        CHECK(one != two && one != three && two != three && one != keeps && two != keeps && three != keeps);
+        CHECK_OK(uvas_free(scene.arena, one));
+        CHECK_OK(uvas_free(scene.arena, two));
+        CHECK_OK(uvas_free(scene.arena, three));
+    }
+    atomic_store(&over, true);
+    join(threads, 2);
+    CHECK_OK(uvas_free(scene.arena, keeps));
+    in_order(&scene);
+    end_scene(&scene);
+}
 
 static void *frees_at_the_same_time(void *argument) {
     for (int round = 0; round < 3000; round++) {
@@ -412,8 +511,6 @@ static void a_child_leaves_its_parents_blocks_alone(void) {
     }
 }
 
-static atomic_bool over;
-
 static void *works_meanwhile(void *argument) {
     uint64_t random = (uint64_t)(uintptr_t)argument + 1;
     uintptr_t held[32] = {0};
@@ -475,6 +572,8 @@ int main(int argc, char **argv) {
         void (*run)(void);
     } tests[] = {{"freed_by_another_thread", freed_by_another_thread},
                  {"the_owner_gets_its_memory_back", the_owner_gets_its_memory_back},
+                 {"frees_meet_their_collector", frees_meet_their_collector},
+                 {"the_owner_takes_in_what_is_freed_twice", the_owner_takes_in_what_is_freed_twice},
                  {"two_free_the_same_block", two_free_the_same_block},
                  {"two_strangers_free_the_same_block", two_strangers_free_the_same_block},
                  {"what_threads_keep_is_no_obstacle", what_threads_keep_is_no_obstacle},

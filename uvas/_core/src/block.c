@@ -477,7 +477,10 @@ enum { GIVE_IDLE = 1, WANTS_OUTSIDE = 2 }; /* answers of free_inside that are no
 SLOW static int free_remote(struct uvas_slab *slab, size_t index) {
     uint64_t bit = UINT64_C(1) << index % 64;
     _Atomic uint64_t *remote = &uvas_slab_remote(slab)[index / 64], *free = &uvas_slab_free(slab)[index / 64];
-    if (atomic_load_explicit(free, memory_order_acquire) & bit || atomic_fetch_or(remote, bit) & bit) {
+    /* In this order, the opposite of the owner's when it collects: an earlier free is in the one or in the other at each moment. */
+    uint64_t freed = atomic_load_explicit(remote, memory_order_acquire);
+    freed |= atomic_load_explicit(free, memory_order_acquire);
+    if (freed & bit || atomic_fetch_or(remote, bit) & bit) {
         return -EINVAL;
     }
     uvas_slab_notify(slab); /* a bit that came too late, on a block that is free, is found by who collects it or hands out the block */
