@@ -21,7 +21,7 @@
 #define KIB ((size_t)1 << 10)
 #define MIB ((size_t)1 << 20)
 #define GIB ((size_t)1 << 30)
-#define SMALL_MAX (64 * KIB) /* larger blocks are whole pages */
+#define SMALL_MAX ((size_t)256 << 10) /* larger blocks have pages of their own */
 #define UNTOUCHED ((uintptr_t)0x5a5a5a5a) /* an out-parameter that no call has written to */
 
 struct scene {

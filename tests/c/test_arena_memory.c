@@ -217,7 +217,7 @@ static uint64_t committed_after_naps(uvas_id arena, uint64_t until, int naps) {
     uint64_t committed = stats_of(arena).committed_bytes;
     for (int i = 0; i < naps && committed > until; i++) {
         nap();
-        uintptr_t at = must_alloc(arena, 64, 0), large = must_alloc(arena, 80 * KIB, 0); /* whoever next comes by */
+        uintptr_t at = must_alloc(arena, 64, 0), large = must_alloc(arena, 400 * KIB, 0); /* whoever next comes by */
         CHECK_OK(uvas_free(arena, at));
         CHECK_OK(uvas_free(arena, large));
         committed = stats_of(arena).committed_bytes;
@@ -226,7 +226,7 @@ static uint64_t committed_after_naps(uvas_id arena, uint64_t until, int naps) {
 }
 
 static void what_is_idle_is_given_back(void) {
-    static const uint64_t idle[] = {1000000, 0, UINT64_MAX};
+    static const uint64_t idle[] = {1000000, 200000000, UINT64_MAX};
     for (size_t k = 0; k < 3; k++) {
         struct scene scene = fixed_scene(128 * MIB, &(struct uvas_arena_options){.idle_ns = idle[k]});
         uintptr_t stays = must_alloc(scene.arena, 80 * KIB, 0), at = must_alloc(scene.arena, 100 * MIB, 0);

@@ -22,7 +22,7 @@ from model import ArenaModel, ModelBlock
 from uvas._core import ffi, lib
 
 BASE = ARENA + (9 << 32)
-SMALL_MAX = 65536
+SMALL_MAX = 262144
 MOST = 1000 if os.environ.get("UVAS_FULL") == "1" else 150
 T = TypeVar("T")
 

@@ -293,7 +293,7 @@ UVAS_API int uvas_space_of(uvas_id id, uvas_id *out);
 /* ---- arenas: blocks of any size inside reservations ------------------------------------------------------------------------ */
 
 /* An arena hands out *blocks*. What it knows of them lies apart from the memory: allocating, freeing and looking up never touch a block, which may
- * be on a device, protected or not there at all. Small blocks come from slabs of one size each, large ones (above 64 KiB) are whole pages. Every
+ * be on a device, protected or not there at all. Small blocks come from slabs of one size each, large ones (above 256 KiB) are whole pages. Every
  * thread keeps some slabs and pages for itself; a block may be freed by any thread. */
 
 #define UVAS_ARENA_GROWTH 17179869184 /* 16 GiB: bytes of addresses that an arena takes from its space at once, where it may choose */
@@ -320,7 +320,7 @@ struct uvas_arena_options {
     uint32_t node;       /* with UVAS_ARENA_BIND */
     size_t growth;       /* bytes of addresses taken from the space at once; 0: UVAS_ARENA_GROWTH, or less where that much is not to be had */
     size_t limit;        /* bytes that large blocks and slabs take, at most, rounded down to pages; 0: no limit */
-    uint64_t idle_ns;    /* memory that nothing has used for so long is given back by a thread that takes or returns pages; 0: one second; UINT64_MAX: never */
+    uint64_t idle_ns;    /* memory that nothing has used for so long is given back by a thread that takes or returns pages; 0: ten seconds; UINT64_MAX: never */
     /* Asked, with no lock held, before a call fails with -ENOMEM, -ENOSPC or -EDQUOT: it may free blocks, and answers 1 to have the call tried
      * once more. NULL: nobody is asked. */
     int (*exhausted)(void *context, size_t size);
@@ -380,8 +380,8 @@ UVAS_API int uvas_allocation_size(uvas_id arena, uintptr_t address, size_t *out)
 /* The live block of any arena that holds an address, which may be inside it. No lock; async-signal-safe; 0 or -ENOENT (which is no failure). */
 UVAS_API int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out);
 
-/* Calls in what all threads keep, and gives back the memory of every hole: whole spans are decommitted, other pages emptied. *bytes (may be NULL):
- * how much. O(runs). */
+/* Calls in what all threads keep, and gives back the memory of every hole: whole spans are decommitted, other pages emptied, those of slabs in which no
+ * block lives as well. *bytes (may be NULL): how much. O(blocks). */
 UVAS_API int uvas_arena_trim(uvas_id arena, uint64_t *bytes);
 UVAS_API int uvas_arena_stats(uvas_id arena, struct uvas_arena_stats *out);
 /* Starts peak_bytes anew from what is used now, or from `floor` if that is more; *was (may be NULL): what it had been. */

@@ -9,7 +9,7 @@
 #include "space.h"
 #include "vm.h"
 
-#define IDLE_NS UINT64_C(1000000000)
+#define IDLE_NS UINT64_C(10000000000)
 #define GROWTH_LEAST UVAS_SPAN
 #define FLAGS (UVAS_ARENA_BARE | UVAS_ARENA_GUARD | UVAS_ARENA_POISON | UVAS_ARENA_BIND)
 
@@ -110,7 +110,7 @@ static void describe(struct uvas_arena *arena, const struct uvas_arena_options *
     arena->idle_ns = options->idle_ns ? options->idle_ns : IDLE_NS;
     arena->exhausted = options->exhausted;
     arena->context = options->context;
-    arena->orphans.arena = arena;
+    arena->orphans.arena = arena->resting.arena = arena;
 }
 
 /* Adds the one reservation that it has. */
@@ -124,7 +124,7 @@ static int settle_in(struct uvas_arena *arena, uvas_id reservation) {
         size = record->size;
     }
     uvas_registry_unlock();
-    return size ? uvas_pages_add_region(arena, reservation, base, size, false) : uvas_fail_released("reservation", reservation);
+    return size ? uvas_arena_add_region(arena, reservation, base, size, false) : uvas_fail_released("reservation", reservation);
 }
 
 static int known_space(uvas_id space) {
@@ -139,6 +139,7 @@ static void reset(struct uvas_arena *arena) {
     arena->id = 0; /* its locks stay what they are */
     arena->heaps = NULL;
     memset(&arena->orphans, 0, sizeof arena->orphans);
+    memset(&arena->resting, 0, sizeof arena->resting);
     memset(&arena->holes, 0, sizeof arena->holes);
     arena->stuck = NULL;
     atomic_store_explicit(&arena->region_count, 0, memory_order_relaxed);
@@ -244,8 +245,8 @@ static struct uvas_run *next_run(struct walk *walk) {
 }
 
 static uint32_t live_in(struct uvas_slab *slab) {
-    uint32_t live = slab->used;
-    for (uint32_t word = 0; word < slab->words; word++) {
+    uint32_t live = (uint32_t)(slab->counts & UVAS_SLAB_USED);
+    for (uint32_t word = 0; word < slab->run.words; word++) {
         uint64_t freed = atomic_load_explicit(&uvas_slab_remote(slab)[word], memory_order_acquire);
         live -= (uint32_t)__builtin_popcountll(freed & ~atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed));
     }
@@ -276,7 +277,7 @@ static void detach_heaps(struct uvas_arena *arena) {
         atomic_store_explicit(&heap->arena_id, 0, memory_order_relaxed);
         bool idle = heap->idle;
         heap->idle = false;
-        atomic_store_explicit(&heap->shut, uvas_door_unshut(), memory_order_release);
+        atomic_store_explicit(&heap->shut, uvas_door_unshut(heap), memory_order_release);
         if (idle) {
             uvas_metadata_give(UVAS_METADATA_HEAP, heap);
         }
@@ -322,7 +323,7 @@ int uvas_arena_close(uvas_id id) {
     (void)pthread_mutex_unlock(&list_lock);
     uint32_t count = atomic_load_explicit(&arena->region_count, memory_order_relaxed);
     for (uint32_t i = 0; i < count; i++) {
-        int dropped = uvas_pages_drop_region(arena, atomic_load_explicit(&arena->regions[i], memory_order_relaxed));
+        int dropped = uvas_arena_drop_region(arena, atomic_load_explicit(&arena->regions[i], memory_order_relaxed));
         rc = dropped < 0 ? dropped : rc;
     }
     end(arena);
@@ -336,9 +337,9 @@ int uvas_arena_trim(uvas_id id, uint64_t *bytes) {
     if (!arena) {
         return -ESTALE;
     }
-    uvas_pages_unguard(arena);
+    uvas_trim_guards(arena);
     uvas_pages_collect(arena);
-    uint64_t given = uvas_pages_trim(arena, UINT64_MAX, SIZE_MAX) + uvas_pages_empty(arena);
+    uint64_t given = uvas_trim_holes(arena, UINT64_MAX, SIZE_MAX) + uvas_trim_pages(arena) + uvas_trim_slabs(arena);
     if (bytes) {
         *bytes = given;
     }
@@ -360,17 +361,18 @@ int uvas_arena_peak(uvas_id id, uint64_t floor, uint64_t *was) {
     return 0;
 }
 
-static void count_run(struct uvas_run *run, struct uvas_arena_stats *stats) {
+static void count_run(struct uvas_arena *arena, struct uvas_run *run, struct uvas_arena_stats *stats) {
     uint32_t state = uvas_run_state(run);
     size_t bytes = uvas_run_bytes(run);
     stats->metadata_bytes += uvas_metadata_bytes(UVAS_METADATA_RUN);
     if (state == UVAS_RUN_SLAB) {
         struct uvas_slab *slab = (struct uvas_slab *)run;
         uint32_t live = live_in(slab);
+        uvas_slab_count(arena, slab);
         stats->live_blocks += live;
         stats->live_bytes += (uint64_t)live * uvas_class_bytes(slab->class);
         stats->cached_bytes += live ? 0 : bytes;
-        stats->metadata_bytes += sizeof *slab + 2 * slab->words * sizeof(uint64_t); /* and the spare, which was counted as the run */
+        stats->metadata_bytes += sizeof *slab + 2 * slab->run.words * sizeof(uint64_t); /* and the spare, which was counted as the run */
     } else if (state == UVAS_RUN_LARGE) {
         stats->live_blocks++;
         stats->live_bytes += bytes - atomic_load_explicit(&run->guard, memory_order_relaxed);
@@ -402,7 +404,7 @@ static void count_resident(struct uvas_arena *arena, struct uvas_arena_stats *st
     for (uint32_t i = 0; i < count; i++) {
         const struct uvas_region *region = atomic_load_explicit(&arena->regions[i], memory_order_acquire);
         uintptr_t at = 0, until;
-        while (uvas_pages_next_committed(arena, region, &at, &until)) {
+        while (uvas_spans_next(arena, region, &at, &until)) {
             stats->resident_bytes += resident(at, until);
             at = until;
         }
@@ -419,7 +421,7 @@ int uvas_arena_stats(uvas_id id, struct uvas_arena_stats *out) {
     }
     struct walk walk = {.arena = arena};
     for (struct uvas_run *run = next_run(&walk); run; run = next_run(&walk)) {
-        count_run(run, &stats);
+        count_run(arena, run, &stats);
     }
     count_heaps(arena, &stats);
     const struct uvas_run *largest = uvas_holes_largest(&arena->holes);
@@ -443,19 +445,20 @@ int uvas_arena_stats(uvas_id id, struct uvas_arena_stats *out) {
 #define BROKEN(...) return uvas_fail_invalid(__VA_ARGS__)
 
 static int check_slab(const struct uvas_arena *arena, struct uvas_slab *slab) {
-    uint32_t count = atomic_load_explicit(&slab->count, memory_order_relaxed), free = 0;
+    uint32_t count = atomic_load_explicit(&slab->run.count, memory_order_relaxed), free = 0;
     uintptr_t base = uvas_run_base(&slab->run);
-    for (uint32_t word = 0; word < slab->words; word++) {
+    for (uint32_t word = 0; word < slab->run.words; word++) {
         uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed);
         if ((slab->summary >> word & 1) != (bits != 0)) {
             BROKEN("arena %s: the slab at 0x%lx says that word %u has %s free block", arena->name, base, word, bits ? "no" : "a");
         }
         free += (uint32_t)__builtin_popcountll(bits);
     }
-    if (count - free != slab->used || count * uvas_class_bytes(slab->class) > uvas_run_bytes(&slab->run)) {
-        BROKEN("arena %s: the slab at 0x%lx counts %u used of %u, and has %u free", arena->name, base, slab->used, count, free);
+    if (count - free != (slab->counts & UVAS_SLAB_USED) || count * uvas_class_bytes(slab->class) > uvas_run_bytes(&slab->run)) {
+        BROKEN("arena %s: the slab at 0x%lx counts %u used of %u, and has %u free", arena->name, base,
+               (uint32_t)(slab->counts & UVAS_SLAB_USED), count, free);
     }
-    const struct uvas_heap *owner = atomic_load_explicit(&slab->owner, memory_order_relaxed);
+    const struct uvas_heap *owner = atomic_load_explicit(&slab->run.owner, memory_order_relaxed);
     const struct uvas_slab *listed = owner ? slab->listed ? owner->bins[slab->class].free : owner->bins[slab->class].full : NULL;
     while (listed && listed != slab) {
         listed = listed->next;

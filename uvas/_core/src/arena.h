@@ -3,7 +3,10 @@
  *   metadata.c   memory for what is described below: never given back, and each piece stays what it is
  *   holes.c      the free runs of one arena: best fit
  *   region.c     one reservation of an arena: which run holds which page
- *   pages.c      runs of pages taken and given back; memory behind them; growth
+ *   pages.c      runs of pages taken and given back
+ *   spans.c      the memory behind them
+ *   growth.c     the reservations
+ *   trim.c       memory given back
  *   heap.c       what a thread keeps for itself, and the door through which it goes
  *   slab.c       small blocks
  *   block.c      alloc, free, realloc, find
@@ -33,17 +36,17 @@
 #include "uvas.h"
 
 #define UVAS_SPAN ((size_t)2 << 20)           /* memory is committed and given back in such pieces, aligned */
-#define UVAS_SMALL_MAX ((size_t)64 << 10)     /* larger blocks are runs of their own */
-#define UVAS_CLASSES 80u                      /* 8 up to 128 bytes, then 8 for each doubling */
+#define UVAS_SMALL_MAX ((size_t)256 << 10)    /* larger blocks are runs of their own */
+#define UVAS_CLASSES 96u                      /* 8 up to 128 bytes, then 8 for each doubling */
 #define UVAS_WORDS_MAX 64u                    /* of a slab's bitmap: 4,096 blocks, so that one word tells which words have free bits */
 #define UVAS_BINS 512u                        /* holes of so many pages and fewer have a list for each size */
-#define UVAS_KEPT_RUNS 8u                     /* by a heap */
+#define UVAS_KEPT_RUNS 16u                    /* by a heap */
 #define UVAS_KEPT_RUN_MAX ((size_t)4 << 20)   /* bytes of the largest of them */
 #define UVAS_KEPT_MAX ((size_t)16 << 20)      /* bytes of all of them */
 #define UVAS_ALIGN_MAX ((size_t)1 << 30)
 #define UVAS_REGIONS_MAX 256u
 
-/* ---- metadata.c: pieces of a kind come back as the same kind, for any arena, and start with a link that only metadata.c touches. So a reader
+/* ---- metadata.c: pieces of a kind come back as the same kind, for any arena, and each has a `link` that only metadata.c touches. So a reader
  * without a lock may follow an old pointer: it finds a piece of the same kind, and asks it whether it is the one it looked for. ---- */
 
 enum uvas_metadata_kind {
@@ -71,24 +74,35 @@ enum uvas_run_state {
     UVAS_RUN_SLAB,
 };
 
-struct uvas_run {
-    void *link;                /* metadata.c's */
+struct uvas_run { /* the first cache line is what those read who allocate and free; it changes rarely */
     _Atomic uint32_t state;    /* enum uvas_run_state. Written under the lock, but for LARGE <-> KEPT, which is a compare-and-swap */
     _Atomic uint32_t version;  /* counts changes of base and bytes; read before and after by those who look without a lock */
     _Atomic uintptr_t base;    /* base, bytes: written under the lock while state is BUSY or HOLE */
     _Atomic size_t bytes;
-    struct uvas_region *region; /* likewise */
     union {
-        struct uvas_run *next, *left; /* holes: of a list, or of the tree */
-        struct uvas_run *spare;       /* slabs: what describes the hole when it is given back, so that giving back needs no memory */
+        struct { /* holes, under the lock */
+            struct uvas_run *next, *previous;           /* in the list of their size, or */
+            struct uvas_run *idle_next, *idle_previous; /* holes in the order in which they last grew */
+            uint64_t idle_since;                        /* ns; 0: not in that list */
+        };
+        struct { /* slabs */
+            _Atomic(struct uvas_heap *) owner; /* changed by the owner, or with the doors shut; read by anyone */
+            _Atomic uint64_t reciprocal;       /* 2^40 / block_bytes, rounded up; fixed while it is a slab, as are the next two; read by anyone */
+            _Atomic uint32_t block_bytes;
+            _Atomic uint32_t count;
+            _Atomic uint32_t collects; /* odd while the owner takes in what others freed. The owner's; read by anyone */
+            _Atomic uint32_t pending;  /* 1: it is in some heap's stack, or about to be. Never reset but by who takes it off */
+            uint32_t words;            /* fixed for this piece of metadata */
+        };
     };
-    union {
-        struct uvas_run *previous, *right;
-    };
-    _Atomic size_t guard; /* large blocks: bytes at the end that fault */
-    struct uvas_run *idle_next, *idle_previous; /* holes in the order in which they last grew */
-    uint64_t idle_since;                        /* ns; 0: not in that list */
+    void *link; /* metadata.c's */
+    struct uvas_region *region; /* as base */
+    struct uvas_run *spare; /* slabs: what describes the hole when it is given back, so that giving back needs no memory */
+    _Atomic size_t guard;   /* large blocks: bytes at the end that fault */
 };
+_Static_assert(offsetof(struct uvas_run, link) == 64, "what is read together lies together");
+#define left next /* of a hole in the tree */
+#define right previous
 
 /* Relaxed: whoever needs an order has the lock, or reads `version` around it. */
 static inline uintptr_t uvas_run_base(const struct uvas_run *run) {
@@ -99,28 +113,29 @@ static inline size_t uvas_run_bytes(const struct uvas_run *run) {
     return atomic_load_explicit(&run->bytes, memory_order_relaxed);
 }
 
+static inline void uvas_run_set_state(struct uvas_run *run, enum uvas_run_state state) {
+    atomic_store_explicit(&run->state, state, memory_order_release);
+}
+
 static inline uint32_t uvas_run_state(const struct uvas_run *run) {
     return atomic_load_explicit(&run->state, memory_order_acquire);
 }
 
-struct uvas_slab {
+struct uvas_slab { /* the second line is seldom used, the third is the owner's */
     struct uvas_run run; /* first: the map points to either */
-    uint32_t class;      /* from here to free_words: the owner's; what free checks is atomic, since others read it */
-    uint32_t used;       /* blocks that are live, or freed by others and not yet collected */
-    uint32_t words; /* fixed for this piece of metadata */
-    uint32_t high;       /* no block from this index on was ever handed out */
-    bool listed;         /* in its bin's list of those with free blocks; otherwise in the other */
-    bool clean;          /* its pages were zero when it was made */
-    _Atomic uint32_t block_bytes; /* fixed while it is a slab; read by anyone */
-    _Atomic uint32_t count;
-    _Atomic uint64_t reciprocal; /* 2^40 / block_bytes, rounded up */
-    uint64_t summary;    /* which words have free bits */
+    struct uvas_slab *pending_next; /* of who set pending */
+    uint32_t class; /* from here on the owner's */
+    uint32_t high;  /* no block from this index on was ever handed out */
+    bool clean;     /* its pages were zero when it was made */
+    _Alignas(64) uint64_t summary; /* which words have free bits */
+    uint64_t counts; /* low 16 bits: blocks that are live, or freed by others and not yet collected; above: blocks allocated in it, ever */
     struct uvas_slab *next, *previous;
-    _Atomic(struct uvas_heap *) owner; /* changed by the owner, or with the doors shut; read by anyone */
-    _Atomic uint32_t pending;          /* 1: it is in some heap's stack, or about to be. Never reset but by who takes it off */
-    struct uvas_slab *pending_next;    /* of who set pending */
-    _Atomic uint64_t bits[];           /* `words` of free blocks (1: free), written by the owner only; then as many of blocks freed by others */
+    bool listed; /* in its bin's list of those with free blocks; otherwise in the other */
+    _Alignas(64) _Atomic uint64_t bits[]; /* `words` of free blocks (1: free), written by the owner only; then as many of blocks freed by others */
 };
+
+#define UVAS_SLAB_USED UINT64_C(0xffff) /* of counts */
+#define UVAS_SLAB_ONE (UVAS_SLAB_USED + 2) /* one block more in use, and one more ever */
 
 /* ---- holes.c: under the lock -------------------------------------------------------------------------------------------------------------- */
 
@@ -188,7 +203,6 @@ static inline size_t uvas_span_index(const struct uvas_region *region, uintptr_t
 struct uvas_bin { /* slabs of one class that a heap owns */
     struct uvas_slab *free; /* with free blocks; blocks are taken from the first */
     struct uvas_slab *full;
-    uint64_t allocated; /* blocks, ever */
 };
 
 enum { UVAS_DOOR_OPEN = 0, UVAS_DOOR_AJAR = 1, UVAS_DOOR_SHUT = 2 };
@@ -206,7 +220,7 @@ struct uvas_heap {
     size_t near_bytes;
     _Atomic(struct uvas_run *) *near_map;
     uint32_t bare;     /* 1 or 0 */
-    uint32_t hardened; /* GUARD and POISON of the arena's flags */
+    uint32_t hardened; /* GUARD and POISON of the arena's flags: then its door is never open, only ajar, and every way is a slower one */
     _Atomic(struct uvas_slab *) pending; /* slabs in which others freed blocks: pushed by anyone, taken whole by the owner */
     struct uvas_heap *next, *previous;   /* in the arena's list; under its door, as is the next */
     bool idle; /* its thread has ended */
@@ -215,6 +229,7 @@ struct uvas_heap {
     size_t kept_bytes;
     uint32_t visits; /* of slower ways */
     uint32_t kept_next; /* where the next kept run goes */
+    size_t kept_sizes[UVAS_KEPT_RUNS]; /* 0: none is kept there */
     struct uvas_run *kept[UVAS_KEPT_RUNS];
     struct uvas_bin bins[UVAS_CLASSES];
 };
@@ -234,12 +249,14 @@ struct uvas_arena {
     pthread_mutex_t lock;
     pthread_cond_t moved; /* with lock: a span is no longer on its way, the arena has grown, nobody gives memory back any more */
     struct uvas_heap *heaps; /* of threads; under door */
+    struct uvas_heap resting; /* slabs whose free pages are being emptied: nobody takes blocks from them meanwhile. As orphans */
     struct uvas_heap orphans; /* nobody's slabs: of threads that have ended. Under lock, but for pending */
     struct uvas_holes holes;
     struct uvas_run *stuck; /* freed, KEPT, linked by `next`: the kernel would not take their guards away. Under lock */
     _Atomic(struct uvas_region *) regions[UVAS_REGIONS_MAX]; /* appended under lock, read by anyone */
     _Atomic uint32_t region_count;
     bool growing; /* one thread takes a reservation; under lock */
+    bool emptying; /* one thread has slabs rest; under lock */
     uint32_t giving; /* threads that give memory back, which need no block to be here; under lock. close waits for them */
     size_t used_bytes, peak_bytes, committed_bytes, reserved_bytes;
     uint64_t ended_blocks, ended_bytes, ended_late; /* what heaps that are gone had counted */
@@ -273,18 +290,35 @@ int uvas_pages_take(const struct uvas_request *request, struct uvas_run **run, b
 bool uvas_pages_give(struct uvas_arena *arena, struct uvas_run *run, struct uvas_run *hole);
 /* Grows a large block in place by the hole behind it, or shrinks it. Outside; may wait. 0, or -EAGAIN: cannot be. */
 int uvas_pages_resize(struct uvas_arena *arena, struct uvas_run *run, size_t bytes);
-/* Gives back the memory of free spans, of holes that have been idle since `until` or longer only. Outside; waits. Returns bytes. */
-uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most);
-uint64_t uvas_pages_empty(struct uvas_arena *arena); /* the pages of all holes, whose spans stay committed; likewise. O(runs) */
+void uvas_pages_collect(struct uvas_arena *arena); /* all that threads keep is the arena's again. Outside; shuts the doors */
 bool uvas_pages_idle(const struct uvas_arena *arena); /* some hole has been idle for long. Under lock */
 uint64_t uvas_pages_now(void); /* ns, of a coarse clock */
-void uvas_pages_unguard(struct uvas_arena *arena); /* tries again to take guards away that stuck. Outside */
-void uvas_pages_collect(struct uvas_arena *arena); /* all that threads keep is the arena's again. Outside; shuts the doors */
-/* The next committed stretch of a region from *at on (0: from its start): [*at, *until). By anyone. */
-bool uvas_pages_next_committed(struct uvas_arena *arena, const struct uvas_region *region, uintptr_t *at, uintptr_t *until);
-int uvas_pages_add_region(struct uvas_arena *arena, uvas_id reservation, uintptr_t base, size_t size, bool ours);
+/* A run that is nobody's joins the holes beside it. `run` describes the result, which is idle from now on. Under lock. */
+void uvas_pages_join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_region *region, uintptr_t base, size_t bytes);
+void uvas_pages_make_hole(struct uvas_arena *arena, struct uvas_run *run, struct uvas_region *region, uintptr_t base, size_t bytes); /* under lock */
+
+/* -- growth.c -- */
+
+int uvas_arena_grow(const struct uvas_request *request); /* another reservation of its space. Outside. 0, -ENOSPC: it may not; or what is said */
+int uvas_arena_add_region(struct uvas_arena *arena, uvas_id reservation, uintptr_t base, size_t size, bool ours);
 /* Undoes it; nothing of it is in use any more. Outside, the arena closing. 0 or what is said. */
-int uvas_pages_drop_region(struct uvas_arena *arena, struct uvas_region *region);
+int uvas_arena_drop_region(struct uvas_arena *arena, struct uvas_region *region);
+
+/* -- spans.c: under lock, which those that say so drop -- */
+
+int uvas_spans_back(struct uvas_arena *arena, const struct uvas_run *run, enum uvas_effort effort); /* memory behind a BUSY run; drops it */
+uint64_t uvas_spans_unback(struct uvas_arena *arena, const struct uvas_run *run); /* gives back that of whole spans in a BUSY run; drops it */
+bool uvas_spans_backed(const struct uvas_run *run); /* whether a whole span in it has memory */
+void uvas_spans_zero(struct uvas_arena *arena, struct uvas_region *region, uintptr_t base, uintptr_t end); /* what was touched; drops it */
+/* The next committed stretch of a region from *at on (0: from its start): [*at, *until). Takes the lock. */
+bool uvas_spans_next(struct uvas_arena *arena, const struct uvas_region *region, uintptr_t *at, uintptr_t *until);
+
+/* -- trim.c: outside; they wait, and return bytes -- */
+
+uint64_t uvas_trim_holes(struct uvas_arena *arena, uint64_t until, size_t most); /* spans in at most so many holes that have been idle since then */
+uint64_t uvas_trim_pages(struct uvas_arena *arena); /* pages of all holes, whose spans stay committed. O(runs) */
+uint64_t uvas_trim_slabs(struct uvas_arena *arena); /* pages of slabs that nobody owns, in which no block lives. O(blocks) */
+void uvas_trim_guards(struct uvas_arena *arena);    /* tries again to take guards away that stuck */
 
 extern uint32_t uvas_page_shift; /* log2 of the page; written once, with the platform */
 static inline size_t uvas_page(void) {
@@ -299,7 +333,7 @@ struct uvas_heap *uvas_heap_of(uvas_id arena, bool may_wait, int *rc);
 void uvas_heap_wait_at_door(struct uvas_heap *heap);
 void uvas_doors_shut(struct uvas_arena *arena); /* every thread is outside, and stays there */
 void uvas_doors_open(struct uvas_arena *arena);
-uint32_t uvas_door_unshut(void); /* what a door is that nobody shuts: OPEN or AJAR */
+uint32_t uvas_door_unshut(const struct uvas_heap *heap); /* what its door is when nobody shuts it: OPEN or AJAR */
 #define UVAS_ARENA_INDEX 0xffffffu /* of an id: slots.h */
 void uvas_heap_empty(struct uvas_heap *heap); /* all that it keeps goes to the arena. The door is shut, or it is the caller's own; under lock */
 void uvas_heap_count(struct uvas_heap *heap);  /* its counters go to the arena. Likewise */
@@ -343,15 +377,17 @@ static inline void uvas_heap_leave(struct uvas_heap *heap) {
 
 #define UVAS_CLASS_DOUBLING 7u /* log2 of 128: from there on, */
 #define UVAS_CLASS_STEPS 8u    /* a doubling: at most 12.5 % of a block are wasted */
+#define UVAS_CLASS_FINE 1024u  /* up to here the steps are multiples of 16, beyond of 128 */
 
 size_t uvas_class_bytes(uint32_t class);
+void uvas_classes_learn(void); /* fills the tables below, once */
+
+/* By size - 1 in units of the smallest step: counting leading zeros takes eight times as long on some processors. */
+extern unsigned char uvas_class_fine[UVAS_CLASS_FINE / 16];
+extern unsigned char uvas_class_coarse[UVAS_SMALL_MAX / 128];
 
 static inline uint32_t uvas_class_of(size_t size) { /* 1 <= size <= UVAS_SMALL_MAX */
-    if (size <= (size_t)1 << UVAS_CLASS_DOUBLING) {
-        return (uint32_t)(size - 1) / 16;
-    }
-    uint32_t doubling = 63 - (uint32_t)__builtin_clzll(size - 1);
-    return UVAS_CLASS_STEPS * (doubling - UVAS_CLASS_DOUBLING) + (uint32_t)((size - 1) >> (doubling - 3));
+    return __builtin_expect(size <= UVAS_CLASS_FINE, 1) ? uvas_class_fine[(size - 1) / 16] : uvas_class_coarse[(size - 1) / 128];
 }
 
 /* A slab for a class, empty, nobody's yet (its run is BUSY); as uvas_pages_take. Outside. */
@@ -362,8 +398,9 @@ void uvas_heap_collect(struct uvas_heap *heap);
 void uvas_heap_gather(struct uvas_heap *heap);
 /* An orphan with a free block of the class, now the heap's; false: there is none. Under lock. */
 bool uvas_slab_find_orphan(struct uvas_heap *heap, uint32_t class);
-/* After `used` of a slab fell to 0, or a full one got a free block. */
+/* After the last block in use of a slab was freed, or the first of a full one. */
 __attribute__((noinline)) void uvas_slab_changed(struct uvas_heap *heap, struct uvas_slab *slab);
+void uvas_slab_count(struct uvas_arena *arena, struct uvas_slab *slab); /* what was allocated in it goes to the arena's counters. Under lock */
 void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab); /* empty, in no list: its pages become a hole. Under lock */
 void uvas_slab_list(struct uvas_slab **list, struct uvas_slab *slab);
 void uvas_slab_unlist(struct uvas_slab **list, struct uvas_slab *slab);
@@ -374,7 +411,7 @@ static inline _Atomic uint64_t *uvas_slab_free(struct uvas_slab *slab) {
 }
 
 static inline _Atomic uint64_t *uvas_slab_remote(struct uvas_slab *slab) {
-    return slab->bits + slab->words;
+    return slab->bits + slab->run.words;
 }
 
 /* -- block.c: what the slabs' bits say -- */

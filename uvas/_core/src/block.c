@@ -41,13 +41,13 @@ struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t 
 }
 
 QUICK size_t index_in(const struct uvas_slab *slab, size_t offset) {
-    return (size_t)(offset * atomic_load_explicit(&slab->reciprocal, memory_order_relaxed) >> RECIPROCAL_BITS);
+    return (size_t)(offset * atomic_load_explicit(&slab->run.reciprocal, memory_order_relaxed) >> RECIPROCAL_BITS);
 }
 
 bool uvas_slab_block(struct uvas_slab *slab, uintptr_t address, uintptr_t *base, size_t *bytes) {
     uintptr_t start = uvas_run_base(&slab->run);
-    size_t index = index_in(slab, address - start), size = atomic_load_explicit(&slab->block_bytes, memory_order_relaxed);
-    if (index >= atomic_load_explicit(&slab->count, memory_order_relaxed) || index / 64 >= slab->words) {
+    size_t index = index_in(slab, address - start), size = atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed);
+    if (index >= atomic_load_explicit(&slab->run.count, memory_order_relaxed) || index / 64 >= slab->run.words) {
         return false;
     }
     uint64_t bit = UINT64_C(1) << index % 64;
@@ -91,6 +91,8 @@ int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out) {
     return 0;
 }
 
+SLOW static int free_any(uvas_id id, uintptr_t address, bool wait);
+
 SLOW static int not_live(uintptr_t address) {
     return uvas_fail_invalid("0x%lx is not the base of a live block of this arena: it was freed already, or never allocated there", address);
 }
@@ -116,28 +118,20 @@ int uvas_allocation_size(uvas_id id, uintptr_t address, size_t *out) {
 
 /* ---- small blocks: inside ------------------------------------------------------------------------------------------------------------------------- */
 
-/* A block that is handed out was freed twice, the second time while the owner collected the first: that bit must not free it again. */
-SLOW static void drop_late(struct uvas_heap *heap, struct uvas_slab *slab, uint32_t word, uint64_t bit) {
-    (void)atomic_fetch_and(&uvas_slab_remote(slab)[word], ~bit);
-    heap->late_frees++;
-}
-
 /* The lowest free block of a slab that has one. */
-QUICK uintptr_t take(struct uvas_heap *heap, struct uvas_bin *bin, struct uvas_slab *slab) {
+QUICK uintptr_t take(struct uvas_slab *slab) {
     uint32_t word = (uint32_t)__builtin_ctzll(slab->summary);
     uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed), rest = bits & (bits - 1);
     uint32_t index = 64 * word + (uint32_t)__builtin_ctzll(bits);
     atomic_store_explicit(&uvas_slab_free(slab)[word], rest, memory_order_relaxed);
-    if (!LIKELY(!(atomic_load_explicit(&uvas_slab_remote(slab)[word], memory_order_relaxed) & bits & -bits))) {
-        drop_late(heap, slab, word, bits & -bits);
-    }
     if (!LIKELY(rest != 0)) {
         slab->summary &= slab->summary - 1;
     }
-    slab->used++;
-    bin->allocated++;
-    slab->high = index >= slab->high ? index + 1 : slab->high;
-    return uvas_run_base(&slab->run) + (uintptr_t)index * atomic_load_explicit(&slab->block_bytes, memory_order_relaxed);
+    slab->counts += UVAS_SLAB_ONE;
+    if (!LIKELY(index < slab->high)) {
+        slab->high = index + 1;
+    }
+    return uvas_run_base(&slab->run) + (uintptr_t)index * atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed);
 }
 
 /* A slab of the heap's own with a free block, first in its list; or NULL. */
@@ -190,7 +184,7 @@ static bool comes_by(struct uvas_heap *heap) {
 
 /* Outside. */
 static void trim_idle(struct uvas_arena *arena) {
-    (void)uvas_pages_trim(arena, uvas_pages_now() - arena->idle_ns, 1);
+    (void)uvas_trim_holes(arena, uvas_pages_now() - arena->idle_ns, 1);
 }
 
 /* ---- large blocks ---------------------------------------------------------------------------------------------------------------------------------- */
@@ -199,13 +193,25 @@ static size_t whole_pages(size_t size) {
     return (size + uvas_page() - 1) & ~(uvas_page() - 1);
 }
 
+/* What a large block takes if there is room: sizes that threads may keep have 8 steps a doubling, as small ones have, so that what is freed serves
+ * again. */
+static size_t stepped_pages(size_t size) {
+    if (size <= UVAS_SMALL_MAX || size > UVAS_KEPT_RUN_MAX) { /* the first: where there was no room for a slab */
+        return whole_pages(size);
+    }
+    size_t step = (size_t)1 << (63 - (uint32_t)__builtin_clzll(size - 1)) >> 3;
+    return whole_pages((size + step - 1) & ~(step - 1));
+}
+
 /* What the heap kept. Inside. */
 static struct uvas_run *take_kept(struct uvas_heap *heap, size_t bytes, size_t align) {
     for (uint32_t i = 0; i < UVAS_KEPT_RUNS; i++) {
-        struct uvas_run *run = heap->kept[i];
-        if (run && uvas_run_bytes(run) == bytes && !(uvas_run_base(run) & (align - 1))) {
+        size_t kept = heap->kept_sizes[i];
+        if (kept == bytes && !(uvas_run_base(heap->kept[i]) & (align - 1))) {
+            struct uvas_run *run = heap->kept[i];
             heap->kept[i] = NULL;
-            heap->kept_bytes -= bytes;
+            heap->kept_sizes[i] = 0;
+            heap->kept_bytes -= kept;
             return run;
         }
     }
@@ -233,9 +239,11 @@ static bool keep(struct uvas_heap *heap, struct uvas_run *run) {
             heap->kept_bytes -= uvas_run_bytes(*slot);
             idle |= give(heap, *slot);
             *slot = NULL;
+            heap->kept_sizes[heap->kept_next] = 0;
         }
         if (!*slot && heap->kept_bytes + bytes <= UVAS_KEPT_MAX) {
             *slot = run;
+            heap->kept_sizes[heap->kept_next] = bytes;
             heap->kept_bytes += bytes;
             heap->kept_next = (heap->kept_next + 1) % UVAS_KEPT_RUNS;
             return comes_by(heap) || idle;
@@ -261,7 +269,7 @@ static int put_guard(struct uvas_arena *arena, struct uvas_run *run) {
 }
 
 /* A fresh run. Outside. */
-static int take_run(struct uvas_heap *heap, const struct ask *ask, size_t bytes, struct uvas_run **out) {
+static int take_run(struct uvas_heap *heap, const struct ask *ask, size_t bytes, enum uvas_effort effort, struct uvas_run **out) {
     bool touched;
     struct uvas_arena *arena = heap->arena;
     struct uvas_run *run = uvas_metadata_take(UVAS_METADATA_RUN, ask->wait);
@@ -270,7 +278,7 @@ static int take_run(struct uvas_heap *heap, const struct ask *ask, size_t bytes,
     }
     struct uvas_request request = {.arena = arena, .id = ask->id, .asked = ask->size, .bytes = bytes, .zero = ask->zero,
                                    .align = ask->align > uvas_page() ? ask->align : uvas_page(),
-                                   .effort = ask->wait ? UVAS_EFFORT_FULL : UVAS_EFFORT_NO_WAIT};
+                                   .effort = ask->wait ? effort : UVAS_EFFORT_NO_WAIT};
     int rc = uvas_pages_take(&request, &run, &touched);
     if (rc < 0) {
         if (run) {
@@ -290,7 +298,7 @@ static int alloc_large(struct uvas_heap *heap, const struct ask *ask, uintptr_t 
                          : -EAGAIN;
     }
     bool guarded = heap->hardened & UVAS_ARENA_GUARD;
-    size_t bytes = whole_pages(ask->size) + (guarded ? uvas_page() : 0);
+    size_t least = whole_pages(ask->size) + (guarded ? uvas_page() : 0), bytes = guarded ? least : stepped_pages(ask->size);
     if (guarded && !ask->wait) {
         return -EAGAIN;
     }
@@ -301,7 +309,10 @@ static int alloc_large(struct uvas_heap *heap, const struct ask *ask, uintptr_t 
     struct uvas_run *run = guarded || bytes > UVAS_KEPT_RUN_MAX ? NULL : take_kept(heap, bytes, ask->align);
     if (!run) {
         uvas_heap_leave(heap); /* nobody waits for the kernel inside */
-        rc = take_run(heap, ask, bytes, &run);
+        rc = take_run(heap, ask, bytes, bytes == least ? UVAS_EFFORT_FULL : UVAS_EFFORT_MODEST, &run);
+        if (rc < 0 && rc != -EAGAIN && bytes != least) {
+            rc = take_run(heap, ask, least, UVAS_EFFORT_FULL, &run);
+        }
         if (rc < 0) {
             return rc;
         }
@@ -312,7 +323,7 @@ static int alloc_large(struct uvas_heap *heap, const struct ask *ask, uintptr_t 
         memset((void *)uvas_run_base(run), 0, bytes);
     }
     heap->large_blocks++;
-    heap->large_bytes += bytes - atomic_load_explicit(&run->guard, memory_order_relaxed);
+    heap->large_bytes += uvas_run_bytes(run) - atomic_load_explicit(&run->guard, memory_order_relaxed);
     *out = uvas_run_base(run);
     atomic_store_explicit(&run->state, UVAS_RUN_LARGE, memory_order_release);
     uvas_heap_leave(heap);
@@ -346,7 +357,7 @@ static int alloc_small(struct uvas_heap *heap, const struct ask *ask, uint32_t c
         if (slab) {
             uint32_t high = slab->high;
             size_t bytes = uvas_class_bytes(class);
-            *out = take(heap, &heap->bins[class], slab);
+            *out = take(slab);
             bool fresh = slab->clean && slab->high > high; /* never handed out before, so zero */
             bool idle = ask->wait && comes_by(heap);
             uvas_heap_leave(heap);
@@ -427,9 +438,9 @@ QUICK int alloc(uvas_id id, size_t size, size_t align, unsigned how, uintptr_t *
         if (LIKELY(slab && slab->summary && !(how & ZERO & heap->bare) && atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id)) {
             bool clean = slab->clean;
             uint32_t high = slab->high;
-            uintptr_t base = take(heap, bin, slab);
+            uintptr_t base = take(slab);
             clean = clean && slab->high > high; /* never handed out before, so zero */
-            size_t bytes = atomic_load_explicit(&slab->block_bytes, memory_order_relaxed);
+            size_t bytes = atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed);
             uvas_heap_leave(heap);
             if ((how & ZERO) && !clean) {
                 memset((void *)base, 0, bytes);
@@ -471,29 +482,51 @@ int uvas_alloc_many(uvas_id arena, const size_t *sizes, size_t count, uintptr_t 
 
 /* ---- free -------------------------------------------------------------------------------------------------------------------------------------------- */
 
-enum { GIVE_IDLE = 1, WANTS_OUTSIDE = 2 }; /* answers of free_inside that are no failures */
+enum { GIVE_IDLE = 1, WANTS_OUTSIDE = 2, DOUBTFUL = 3 }; /* answers of free_inside that are no failures */
 
-/* By a thread that does not own the slab. */
+/* By a thread that does not own the slab. DOUBTFUL: the owner collected meanwhile, so that a free of the same block at the same time may have gone
+ * unseen. */
 SLOW static int free_remote(struct uvas_slab *slab, size_t index) {
     uint64_t bit = UINT64_C(1) << index % 64;
     _Atomic uint64_t *remote = &uvas_slab_remote(slab)[index / 64], *free = &uvas_slab_free(slab)[index / 64];
+    uint32_t before = atomic_load(&slab->run.collects);
     /* In this order, the opposite of the owner's when it collects: an earlier free is in the one or in the other at each moment. */
-    uint64_t freed = atomic_load_explicit(remote, memory_order_acquire);
-    freed |= atomic_load_explicit(free, memory_order_acquire);
+    uint64_t freed = atomic_load(remote);
+    freed |= atomic_load(free);
     if (freed & bit || atomic_fetch_or(remote, bit) & bit) {
         return -EINVAL;
     }
-    uvas_slab_notify(slab); /* a bit that came too late, on a block that is free, is found by who collects it or hands out the block */
-    return 0;
+    bool doubtful = (before & 1) || atomic_load(&slab->run.collects) != before;
+    uvas_slab_notify(slab);
+    return doubtful ? DOUBTFUL : 0;
+}
+
+/* A block with both bits was free already: the second bit is taken back. Outside. 0 or -EINVAL. */
+SLOW static int resolve(struct uvas_arena *arena, uintptr_t address) {
+    int rc = 0;
+    uvas_doors_shut(arena);
+    struct uvas_region *region = uvas_arena_region(arena, address);
+    struct uvas_run *run = region ? uvas_region_find(region, address) : NULL;
+    if (run && uvas_run_state(run) == UVAS_RUN_SLAB) {
+        struct uvas_slab *slab = (struct uvas_slab *)run;
+        size_t index = index_in(slab, address - uvas_run_base(run));
+        uint64_t bit = UINT64_C(1) << index % 64;
+        if (atomic_load(&uvas_slab_free(slab)[index / 64]) & atomic_load(&uvas_slab_remote(slab)[index / 64]) & bit) {
+            (void)atomic_fetch_and(&uvas_slab_remote(slab)[index / 64], ~bit);
+            rc = -EINVAL;
+        }
+    }
+    uvas_doors_open(arena);
+    return rc;
 }
 
 QUICK int free_small(struct uvas_heap *heap, struct uvas_slab *slab, size_t offset) {
     size_t index = index_in(slab, offset);
-    if (index * atomic_load_explicit(&slab->block_bytes, memory_order_relaxed) != offset ||
-        index >= atomic_load_explicit(&slab->count, memory_order_relaxed)) {
-        return -EINVAL;
+    if (!LIKELY(index < atomic_load_explicit(&slab->run.count, memory_order_relaxed) &&
+                index * atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed) == offset)) {
+        return -EINVAL; /* also where the slab is elsewhere now */
     }
-    if (!LIKELY(atomic_load_explicit(&slab->owner, memory_order_relaxed) == heap)) {
+    if (!LIKELY(atomic_load_explicit(&slab->run.owner, memory_order_relaxed) == heap)) {
         return free_remote(slab, index);
     }
     uint64_t word = index / 64, bit = UINT64_C(1) << index % 64, bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed);
@@ -502,8 +535,8 @@ QUICK int free_small(struct uvas_heap *heap, struct uvas_slab *slab, size_t offs
     }
     atomic_store_explicit(&uvas_slab_free(slab)[word], bits | bit, memory_order_release);
     slab->summary |= UINT64_C(1) << word;
-    if (!LIKELY(slab->listed && (--slab->used != 0 || (!slab->next && !slab->previous)))) {
-        slab->used -= !slab->listed;
+    if (!LIKELY(slab->listed && ((--slab->counts & UVAS_SLAB_USED) || (!slab->next && !slab->previous)))) {
+        slab->counts -= !slab->listed;
         uvas_slab_changed(heap, slab);
     }
     return 0;
@@ -548,8 +581,9 @@ QUICK int free_inside(struct uvas_heap *heap, uintptr_t address, struct uvas_run
     }
     size_t page = (address - heap->near_base) >> uvas_page_shift;
     struct uvas_run *run = atomic_load_explicit(&heap->near_map[page], memory_order_acquire);
-    if (LIKELY(run && uvas_run_state(run) == UVAS_RUN_SLAB && address - uvas_run_base(run) < uvas_run_bytes(run))) {
-        return free_small(heap, (struct uvas_slab *)run, address - uvas_run_base(run));
+    if (LIKELY(run && uvas_run_state(run) == UVAS_RUN_SLAB)) {
+        int rc = free_small(heap, (struct uvas_slab *)run, address - uvas_run_base(run));
+        return LIKELY(rc != -EINVAL) ? rc : free_other(heap, address, found);
     }
     if (run && uvas_run_state(run) == UVAS_RUN_LARGE && address == uvas_run_base(run)) {
         *found = run;
@@ -573,7 +607,7 @@ static int free_guarded(struct uvas_arena *arena, struct uvas_run *run) {
     }
     (void)pthread_mutex_unlock(&arena->lock);
     if (others) {
-        uvas_pages_unguard(arena);
+        uvas_trim_guards(arena);
     }
     return 0;
 }
@@ -586,6 +620,17 @@ static void poison(const struct uvas_arena *arena, uintptr_t address) {
     if (region && locate(region, address, &run, &base, &bytes) && base == address) {
         memset((void *)base, POISON, bytes);
     }
+}
+
+/* What is left to do outside. */
+SLOW static int free_ends(struct uvas_arena *arena, int rc, uvas_id id, uintptr_t address, bool wait) {
+    if (rc == GIVE_IDLE && wait) {
+        trim_idle(arena);
+    }
+    if (rc == DOUBTFUL && wait) { /* who may not wait leaves it to whoever collects it: it is counted then */
+        rc = resolve(arena, address);
+    }
+    return rc == -EINVAL ? not_live(address) : rc == -ESTALE ? free_any(id, address, wait) : 0;
 }
 
 SLOW static int free_any(uvas_id id, uintptr_t address, bool wait) {
@@ -611,29 +656,12 @@ SLOW static int free_any(uvas_id id, uintptr_t address, bool wait) {
     }
     rc = free_inside(heap, address, &run);
     uvas_heap_leave(heap);
-    if (rc == WANTS_OUTSIDE) {
-        return free_guarded(arena, run);
-    }
-    if (rc == GIVE_IDLE && wait) {
-        trim_idle(arena);
-    }
-    return rc == -EINVAL ? not_live(address) : 0;
-}
-
-/* What is left to do outside. */
-SLOW static int free_ends(struct uvas_arena *arena, int rc, uvas_id id, uintptr_t address, bool wait) {
-    if (rc == GIVE_IDLE) {
-        if (wait) {
-            trim_idle(arena);
-        }
-        return 0;
-    }
-    return rc == -EINVAL ? not_live(address) : free_any(id, address, wait);
+    return rc == WANTS_OUTSIDE ? free_guarded(arena, run) : free_ends(arena, rc, id, address, wait);
 }
 
 QUICK int free_block(uvas_id id, uintptr_t address, bool wait) {
     struct uvas_heap *heap = uvas_thread.last;
-    if (!LIKELY(heap && !heap->hardened && uvas_heap_enter(heap))) {
+    if (!LIKELY(heap && uvas_heap_enter(heap))) {
         return free_any(id, address, wait);
     }
     int rc = -ESTALE;
@@ -694,7 +722,7 @@ int uvas_realloc(uvas_id id, uintptr_t address, size_t size, uintptr_t *out) {
         return not_live(address);
     }
     bool small = uvas_run_state(run) == UVAS_RUN_SLAB, guarded = atomic_load_explicit(&run->guard, memory_order_relaxed) != 0;
-    bool stays = small ? size <= bytes && size > bytes / 2 : whole_pages(size) == bytes;
+    bool stays = small ? size <= bytes && size > bytes / 2 : whole_pages(size) == bytes || stepped_pages(size) == bytes;
     bool grows = !stays && !small && !guarded && size > UVAS_SMALL_MAX;
     if (grows) {
         stays = uvas_pages_resize(arena, run, whole_pages(size)) == 0;

@@ -40,13 +40,13 @@ void uvas_doors_shut(struct uvas_arena *arena) {
     }
 }
 
-uint32_t uvas_door_unshut(void) {
-    return asymmetric ? UVAS_DOOR_OPEN : UVAS_DOOR_AJAR;
+uint32_t uvas_door_unshut(const struct uvas_heap *heap) {
+    return asymmetric && !heap->hardened ? UVAS_DOOR_OPEN : UVAS_DOOR_AJAR;
 }
 
 void uvas_doors_open(struct uvas_arena *arena) {
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
-        atomic_store_explicit(&heap->shut, uvas_door_unshut(), memory_order_release);
+        atomic_store_explicit(&heap->shut, uvas_door_unshut(heap), memory_order_release);
     }
     (void)pthread_mutex_unlock(&arena->door);
 }
@@ -86,9 +86,9 @@ static struct uvas_heap *settle(struct uvas_arena *arena, struct uvas_heap *fres
         memset((char *)heap + offsetof(struct uvas_heap, large_blocks), 0, sizeof *heap - offsetof(struct uvas_heap, large_blocks));
         heap->arena = arena;
         heap->near_bytes = 0;
-        atomic_store_explicit(&heap->shut, uvas_door_unshut(), memory_order_relaxed);
         heap->bare = (arena->flags & UVAS_ARENA_BARE) != 0;
         heap->hardened = arena->flags & (UVAS_ARENA_GUARD | UVAS_ARENA_POISON);
+        atomic_store_explicit(&heap->shut, uvas_door_unshut(heap), memory_order_relaxed);
         heap->previous = NULL;
         heap->next = arena->heaps;
         if (heap->next) {
@@ -146,6 +146,7 @@ void uvas_heap_empty(struct uvas_heap *heap) {
         if (heap->kept[i]) {
             (void)uvas_pages_give(arena, heap->kept[i], NULL);
             heap->kept[i] = NULL;
+            heap->kept_sizes[i] = 0;
         }
     }
     heap->kept_bytes = 0;
@@ -155,21 +156,21 @@ void uvas_heap_empty(struct uvas_heap *heap) {
         struct uvas_slab *next;
         for (struct uvas_slab *slab = bin->free; slab; slab = next) {
             next = slab->next;
-            if (slab->used == 0) {
+            if (!(slab->counts & UVAS_SLAB_USED)) {
                 uvas_slab_unlist(&bin->free, slab);
                 uvas_slab_end(arena, slab);
             } else if (heap != orphans) {
                 uvas_slab_unlist(&bin->free, slab);
                 uvas_slab_list(slab->summary ? &orphans->bins[class].free : &orphans->bins[class].full, slab);
                 slab->listed = slab->summary != 0;
-                atomic_store_explicit(&slab->owner, orphans, memory_order_release);
+                atomic_store_explicit(&slab->run.owner, orphans, memory_order_release);
             }
         }
         while (heap != orphans && bin->full) {
             struct uvas_slab *slab = bin->full;
             uvas_slab_unlist(&bin->full, slab);
             uvas_slab_list(&orphans->bins[class].full, slab);
-            atomic_store_explicit(&slab->owner, orphans, memory_order_release);
+            atomic_store_explicit(&slab->run.owner, orphans, memory_order_release);
         }
     }
 }
@@ -180,11 +181,6 @@ void uvas_heap_count(struct uvas_heap *heap) {
     arena->ended_bytes += heap->large_bytes;
     arena->ended_late += heap->late_frees;
     heap->large_blocks = heap->large_bytes = heap->late_frees = 0;
-    for (uint32_t class = 0; class < UVAS_CLASSES; class++) {
-        arena->ended_blocks += heap->bins[class].allocated;
-        arena->ended_bytes += heap->bins[class].allocated * uvas_class_bytes(class);
-        heap->bins[class].allocated = 0;
-    }
 }
 
 /* The thread ends: what it keeps goes to the arena, unless that was closed meanwhile. */
@@ -222,6 +218,7 @@ void uvas_heaps_forget(void) {
 }
 
 int uvas_heaps_ready(void) {
+    uvas_classes_learn();
     uvas_page_shift = (uint32_t)__builtin_ctzll(uvas_vm_platform.page_size);
     asymmetric = uvas_vm_barrier_learn() == 0;
     return -pthread_key_create(&at_thread_end, end_thread);

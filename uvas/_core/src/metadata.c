@@ -8,12 +8,8 @@
 #define CHUNK ((size_t)256 << 10)
 #define LINE 64u
 
-struct piece {
-    struct piece *link;
-};
-
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static struct piece *unused[UVAS_METADATA_KINDS]; /* under lock, as are the next two */
+static void *unused[UVAS_METADATA_KINDS]; /* under lock, as are the next two */
 static char *fresh;
 static size_t fresh_bytes;
 
@@ -35,10 +31,17 @@ size_t uvas_metadata_bytes(enum uvas_metadata_kind kind) {
     return (bytes + unit - 1) / unit * unit;
 }
 
+/* Where a piece keeps the next of those not in use. */
+static void **link_of(enum uvas_metadata_kind kind, void *piece) {
+    return kind == UVAS_METADATA_HEAP    ? &((struct uvas_heap *)piece)->link
+           : kind == UVAS_METADATA_ARENA ? &((struct uvas_arena *)piece)->link
+                                         : &((struct uvas_run *)piece)->link;
+}
+
 static void *take(enum uvas_metadata_kind kind) { /* under lock */
-    struct piece *piece = unused[kind];
+    void *piece = unused[kind];
     if (piece) {
-        unused[kind] = piece->link;
+        unused[kind] = *link_of(kind, piece);
         return piece;
     }
     size_t bytes = uvas_metadata_bytes(kind), skip = kind == UVAS_METADATA_RUN ? 0 : (size_t)(-(uintptr_t)fresh % LINE);
@@ -70,9 +73,8 @@ void *uvas_metadata_take(enum uvas_metadata_kind kind, bool may_wait) {
 }
 
 void uvas_metadata_give(enum uvas_metadata_kind kind, void *piece) {
-    struct piece *given = piece;
     uvas_metadata_lock();
-    given->link = unused[kind];
-    unused[kind] = given;
+    *link_of(kind, piece) = unused[kind];
+    unused[kind] = piece;
     uvas_metadata_unlock();
 }

@@ -3,8 +3,10 @@
  *
  * Whoever else frees a block sets its bit in a second bitmap, and if nobody has yet (`pending`), pushes the slab onto its owner's stack. The owner
  * takes the whole stack, resets `pending` of each slab first, and then collects: a bit set after that pushes the slab again, so none is overlooked.
- * At every moment between a block's being freed and its being handed out again at least one of its two bits is set, which is how a second free of
- * it is noticed; one that slips in while the owner collects the first is found when its bit is collected or the block handed out. A slab may end, and its piece of metadata become another slab, while it is still in some stack: whoever takes it off finds that it
+ * At every moment between a block's being freed and its being handed out again at least one of its two bits is set (the owner sets the one before it
+ * clears the other, and who frees looks at the other first), which is how a second free of it is noticed. Of two frees at the same time one sees the
+ * other's bit, unless the owner collects at that moment, which `collects` tells; then the truth is looked up with all doors shut.
+ * A slab may end, and its piece of metadata become another slab, while it is still in some stack: whoever takes it off finds that it
  * is not his, and passes it on.
  */
 #include <assert.h>
@@ -21,10 +23,24 @@ size_t uvas_class_bytes(uint32_t class) {
     return (size_t)(UVAS_CLASS_STEPS + class % UVAS_CLASS_STEPS + 1) << (class / UVAS_CLASS_STEPS + UVAS_CLASS_DOUBLING - 4);
 }
 
-/* Enough blocks that the arena is rarely asked, few enough that a class of which a thread needs one block costs little: 64 KiB, and at least 8. Up to
- * 4 KiB a block has 16 bytes of bookkeeping at most, 8 a page of which are the map's: that takes 40. */
+unsigned char uvas_class_fine[UVAS_CLASS_FINE / 16], uvas_class_coarse[UVAS_SMALL_MAX / 128]; /* written once */
+
+void uvas_classes_learn(void) {
+    uint32_t class = 0;
+    for (size_t size = 16; size <= UVAS_SMALL_MAX; size += size < UVAS_CLASS_FINE ? 16 : 128) {
+        class += size > uvas_class_bytes(class);
+        if (size <= UVAS_CLASS_FINE) {
+            uvas_class_fine[(size - 1) / 16] = (unsigned char)class;
+        }
+        uvas_class_coarse[(size - 1) / 128] = (unsigned char)class;
+    }
+    assert(class == UVAS_CLASSES - 1);
+}
+
+/* Enough blocks that the arena is rarely asked, few enough that a class of which a thread needs one block costs little: 64 KiB, and at least 4. Up to
+ * 4 KiB a block has 16 bytes of bookkeeping at most, 8 a page of which are the map's: that takes 44. */
 static size_t slab_bytes(size_t block_bytes) {
-    size_t least = block_bytes <= 4096 ? 40 : block_bytes <= 16384 ? 16 : 8, bytes = least * block_bytes;
+    size_t least = block_bytes <= 4096 ? 44 : block_bytes <= 16384 ? 16 : block_bytes <= 65536 ? 8 : 4, bytes = least * block_bytes;
     bytes = bytes > (size_t)64 << 10 ? bytes : (size_t)64 << 10;
     return (bytes + uvas_page() - 1) & ~(uvas_page() - 1);
 }
@@ -75,14 +91,14 @@ static void list_second(struct uvas_slab **list, struct uvas_slab *slab) {
 static void lay_out(struct uvas_slab *slab, uint32_t class, size_t bytes, size_t count, bool touched) {
     size_t block_bytes = uvas_class_bytes(class);
     slab->class = class;
-    slab->used = slab->high = 0;
+    slab->counts = slab->high = 0;
     slab->clean = !touched;
-    atomic_store_explicit(&slab->block_bytes, (uint32_t)block_bytes, memory_order_relaxed);
-    atomic_store_explicit(&slab->count, (uint32_t)count, memory_order_relaxed);
-    atomic_store_explicit(&slab->reciprocal, ((UINT64_C(1) << RECIPROCAL_BITS) + block_bytes - 1) / block_bytes, memory_order_relaxed);
-    assert(bytes / block_bytes >= count && count <= 64 * (size_t)slab->words);
+    atomic_store_explicit(&slab->run.block_bytes, (uint32_t)block_bytes, memory_order_relaxed);
+    atomic_store_explicit(&slab->run.count, (uint32_t)count, memory_order_relaxed);
+    atomic_store_explicit(&slab->run.reciprocal, ((UINT64_C(1) << RECIPROCAL_BITS) + block_bytes - 1) / block_bytes, memory_order_relaxed);
+    assert(bytes / block_bytes >= count && count <= 64 * (size_t)slab->run.words);
     slab->summary = 0;
-    for (uint32_t word = 0; word < slab->words; word++) {
+    for (uint32_t word = 0; word < slab->run.words; word++) {
         size_t first = 64 * (size_t)word, free = first >= count ? 0 : count - first < 64 ? count - first : 64;
         atomic_store_explicit(&uvas_slab_free(slab)[word], free == 64 ? ~UINT64_C(0) : (UINT64_C(1) << free) - 1, memory_order_relaxed);
         atomic_store_explicit(&uvas_slab_remote(slab)[word], 0, memory_order_relaxed);
@@ -98,8 +114,8 @@ int uvas_slab_make(struct uvas_arena *arena, uvas_id id, uint32_t class, enum uv
     if (!slab) {
         return -EAGAIN;
     }
-    if (slab->words == 0) { /* its first use: others may know it from the later ones */
-        slab->words = 1u << (kind - UVAS_METADATA_SLAB);
+    if (slab->run.words == 0) { /* its first use: others may know it from the later ones */
+        slab->run.words = 1u << (kind - UVAS_METADATA_SLAB);
     }
     slab->run.spare = uvas_metadata_take(UVAS_METADATA_RUN, wait);
     struct uvas_request request = {.arena = arena, .id = id, .asked = bytes, .bytes = bytes, .align = uvas_page(), .effort = effort, .slab = true};
@@ -121,17 +137,25 @@ int uvas_slab_make(struct uvas_arena *arena, uvas_id id, uint32_t class, enum uv
 }
 
 void uvas_slab_adopt(struct uvas_heap *heap, struct uvas_slab *slab) {
-    atomic_store_explicit(&slab->owner, heap, memory_order_release);
+    atomic_store_explicit(&slab->run.owner, heap, memory_order_release);
     slab->listed = true;
     uvas_slab_list(&heap->bins[slab->class].free, slab);
     atomic_store_explicit(&slab->run.state, UVAS_RUN_SLAB, memory_order_release);
 }
 
+void uvas_slab_count(struct uvas_arena *arena, struct uvas_slab *slab) {
+    uint64_t blocks = slab->counts / (UVAS_SLAB_USED + 1);
+    arena->ended_blocks += blocks;
+    arena->ended_bytes += blocks * uvas_class_bytes(slab->class);
+    slab->counts &= UVAS_SLAB_USED;
+}
+
 void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab) {
-    assert(slab->used == 0);
+    assert((slab->counts & UVAS_SLAB_USED) == 0);
+    uvas_slab_count(arena, slab);
     struct uvas_run *hole = slab->run.spare;
     (void)uvas_pages_give(arena, &slab->run, hole);
-    uvas_metadata_give(kind_for(atomic_load_explicit(&slab->count, memory_order_relaxed)), slab);
+    uvas_metadata_give(kind_for(atomic_load_explicit(&slab->run.count, memory_order_relaxed)), slab);
 }
 
 /* A block of it has come back: it is where blocks are taken from. true: it is empty, and not needed; it is in no list any more. */
@@ -142,7 +166,7 @@ static bool relist(struct uvas_heap *heap, struct uvas_slab *slab) {
         list_second(&bin->free, slab);
         slab->listed = true;
     }
-    if (slab->used == 0 && (bin->free != slab || slab->next)) { /* an empty one is kept only where there is no other */
+    if (!(slab->counts & UVAS_SLAB_USED) && (bin->free != slab || slab->next)) { /* an empty one is kept only where there is no other */
         uvas_slab_unlist(&bin->free, slab);
         return true;
     }
@@ -161,10 +185,10 @@ void uvas_slab_changed(struct uvas_heap *heap, struct uvas_slab *slab) {
 
 void uvas_slab_notify(struct uvas_slab *slab) {
     /* Sequentially consistent, as is the reset in `collect`: the bit set before and this look are in one order with the reset and the look at bits. */
-    if (atomic_load(&slab->pending) || atomic_exchange(&slab->pending, 1)) {
+    if (atomic_load(&slab->run.pending) || atomic_exchange(&slab->run.pending, 1)) {
         return; /* whoever takes it off its stack will see the bit */
     }
-    struct uvas_heap *owner = atomic_load_explicit(&slab->owner, memory_order_acquire);
+    struct uvas_heap *owner = atomic_load_explicit(&slab->run.owner, memory_order_acquire);
     struct uvas_slab *top = atomic_load_explicit(&owner->pending, memory_order_relaxed);
     do {
         slab->pending_next = top;
@@ -174,7 +198,9 @@ void uvas_slab_notify(struct uvas_slab *slab) {
 /* Takes in the bits of others. true: as relist. */
 static bool collect(struct uvas_heap *heap, struct uvas_slab *slab) {
     bool any = false;
-    for (uint32_t word = 0; word < slab->words; word++) {
+    uint32_t collects = atomic_load_explicit(&slab->run.collects, memory_order_relaxed);
+    atomic_store(&slab->run.collects, collects + 1);
+    for (uint32_t word = 0; word < slab->run.words; word++) {
         uint64_t bits = atomic_load(&uvas_slab_remote(slab)[word]);
         if (!bits) {
             continue;
@@ -183,15 +209,16 @@ static bool collect(struct uvas_heap *heap, struct uvas_slab *slab) {
         heap->late_frees += (uint64_t)__builtin_popcountll(bits & free);
         atomic_store_explicit(&uvas_slab_free(slab)[word], free | bits, memory_order_relaxed);
         (void)atomic_fetch_and(&uvas_slab_remote(slab)[word], ~bits); /* after the free bits are there: see above */
-        slab->used -= (uint32_t)__builtin_popcountll(fresh);
+        slab->counts -= (uint64_t)__builtin_popcountll(fresh);
         slab->summary |= UINT64_C(1) << word;
         any = true;
     }
+    atomic_store(&slab->run.collects, collects + 2);
     return any && relist(heap, slab);
 }
 
 static bool freed_by_others(struct uvas_slab *slab) {
-    for (uint32_t word = 0; word < slab->words; word++) {
+    for (uint32_t word = 0; word < slab->run.words; word++) {
         if (atomic_load(&uvas_slab_remote(slab)[word])) {
             return true;
         }
@@ -203,11 +230,11 @@ static void collect_all(struct uvas_heap *heap, bool locked) {
     struct uvas_slab *slab = atomic_exchange_explicit(&heap->pending, NULL, memory_order_acquire), *next;
     for (; slab; slab = next) {
         next = slab->pending_next;
-        (void)atomic_exchange(&slab->pending, 0);
+        (void)atomic_exchange(&slab->run.pending, 0);
         if (uvas_run_state(&slab->run) != UVAS_RUN_SLAB) {
             continue;
         }
-        if (atomic_load_explicit(&slab->owner, memory_order_acquire) == heap) {
+        if (atomic_load_explicit(&slab->run.owner, memory_order_acquire) == heap) {
             if (collect(heap, slab)) {
                 if (!locked) {
                     (void)pthread_mutex_lock(&heap->arena->lock);
