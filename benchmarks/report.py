@@ -82,6 +82,20 @@ def lines() -> list[Line]:
         Line("reserve + release on four workers", devices("R8", "reserve + release, matched", 4),
              "two bare round trips with each", devices("R8", "two round trips by multiprocessing.Pipe", 4)),
     ]  # fmt: skip
+    threads = rows("threads")
+    for count in (2, 8):
+        table += [
+            Line(f"reserve + release from C, untagged, {count} threads", threads("R1 threads", "uvas untagged", count),
+                 "`mmap` + `munmap`", threads("R1 threads", "raw anonymous", count)),
+            Line(f"the same against UMF's OS provider, {count} threads", threads("R1 threads", "uvas untagged", count),
+                 "alloc + free", threads("R1 threads", "UMF's OS provider", count)),
+            Line(f"reserve + release from Python, {count} threads", threads("R2 threads", "uvas untagged", count),
+                 "`mmap.mmap(-1, 4096)` + close", threads("R2 threads", "mmap.mmap(-1, 4096) + close", count)),
+            Line(f"whose address? 10,000 ranges, C, {count} threads", threads("R4 threads", "uvas_find", count),
+                 "`umfPoolByPtr`", threads("R4 threads", "umfPoolByPtr", count)),
+            Line(f"whose address? 10,000 ranges, Python, {count} threads", threads("R5 threads", "space.find", count),
+                 "`bisect` over lists", threads("R5 threads", "bisect over lists", count)),
+        ]  # fmt: skip
     return table
 
 
@@ -93,7 +107,7 @@ def _series(found: list[Row], id: str, what: str) -> tuple[list[int], list[float
 def draw() -> None:
     """Draw what grows with what: the search for a hole, and the lookup of an address."""
     mpl.rcParams["svg.hashsalt"] = "uvas"  # the same picture from the same numbers
-    figure, (holes, lookups) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, (holes, lookups, together) = pyplot.subplots(1, 3, figsize=(14, 3.6), layout="constrained")
     reserve: list[Row] = load("reserve")["rows"]
     find: list[Row] = load("find")["rows"]
     vmas, ours = _series(reserve, "R3", "uvas reserve + release")
@@ -109,10 +123,23 @@ def draw() -> None:
     ):
         lookups.plot(*_series(find, "R4", what), style, label=what)
     lookups.set(title="whose address is this?", xlabel="ranges")
-    for axes in (holes, lookups):
+    threads: list[Row] = load("threads")["rows"]
+    for id, what, style, label in (
+        ("R1 threads", "uvas untagged", "o-", "uvas, reserve + release"),
+        ("R1 threads", "raw anonymous", "s--", "mmap + munmap"),
+        ("R1 threads", "UMF's OS provider", "^--", "UMF, alloc + free"),
+        ("R4 threads", "uvas_find", "o-", "uvas_find"),
+        ("R4 threads", "binary search", "s--", "binary search"),
+        ("R4 threads", "umfPoolByPtr", "^--", "umfPoolByPtr"),
+    ):
+        together.plot(*_series(threads, id, what), style, label=label)
+    together.set(title="many threads: time over operations of all", xlabel="threads")
+    for axes in (holes, lookups, together):
         axes.set(xscale="log", yscale="log", ylabel="ns")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize="small")
+    together.set_xticks([1, 2, 8], labels=["1", "2", "8"])
+    together.minorticks_off()
     figure.savefig(RESULTS / "speed.svg", metadata={"Date": None})
 
 

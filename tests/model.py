@@ -124,8 +124,7 @@ class ArenaModel:
 
     def pages_of(self, size: int) -> int:
         """Bytes that a block takes when it has pages of its own."""
-        whole = -(-size // self.page) * self.page
-        return whole + (self.guard if size > self.small_max else 0)
+        return -(-size // self.page) * self.page + self.guard
 
     @property
     def only_large(self) -> bool:

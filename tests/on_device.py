@@ -132,6 +132,11 @@ def keep(array: Any) -> None:
     kept.append(array)
 
 
+def kept_one() -> Any:
+    """Return what was kept first."""
+    return kept[0]
+
+
 def drop() -> None:
     """Forget what was left behind."""
     kept.clear()

@@ -18,7 +18,7 @@ SOURCES = PACKAGE / "_core" / "src"
 
 LAYERS = [  # from the ground up; a module imports from its own layer's left or from below
     {"uvas._core"},
-    {"uvas.ranges"},
+    {"uvas.ranges", "uvas.interrupts"},
     {"uvas.errors", "uvas.protection", "uvas.leases"},
     {"uvas.devices.base"},
     {"uvas.devices"},

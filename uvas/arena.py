@@ -183,6 +183,7 @@ class Region(Reservation):
 
     def __del__(self) -> None:
         live.pop(self._cell.id, None)
+        self._cell.id = 0  # its trace has nothing to end
 
 
 class _Later:
@@ -417,15 +418,14 @@ class Arena(core.Allocator):
 
     # ---- what alloc asks ---------------------------------------------------------------------------------------------
 
-    def _refusal(self, size: object, align: object) -> Exception:
+    def _refusal(self, size: object, align: object = 16) -> Exception:
         """Return what is wrong with numbers that C did not take."""
         try:
             if as_size("size", size) == 0:
                 return ValueError("the size is at least 1 byte, not 0x0")
-            if align is not None:
-                alignment = as_size("align", align)
-                if alignment & (alignment - 1) or not 0 < alignment <= _LARGEST_ALIGNMENT:
-                    return ValueError(f"the alignment is a power of two up to 1 GiB, not {alignment:#x}")
+            alignment = as_size("align", align)
+            if alignment & (alignment - 1) or not 0 < alignment <= _LARGEST_ALIGNMENT:
+                return ValueError(f"the alignment is a power of two up to 1 GiB, not {alignment:#x}")
         except (TypeError, ValueError) as error:
             return error.with_traceback(None)
         return ValueError(f"no block of {size!r} bytes aligned to {align!r}")

@@ -4,6 +4,10 @@ An array over a reservation has a `Lease` as its base, so the lease lives as lon
 take no lock and make no system call: they end the lease in C, lock-free, and put what is to be done on a queue. The
 queue is worked off by a thread (`start_reaper`, once somebody left a ``with`` block under a live array) and by the
 verbs of a space that make, count or end reservations (`work_off`).
+
+An interrupt may come in the middle of a finalizer, which then is not run again. So each object that owns something of
+the core leaves a `Trace`: a weak reference which, when the object goes, is put on the same queue by C code, where no
+interrupt comes in between.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ import threading
 import weakref
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from uvas._core import fast, ffi, lib
+from uvas.interrupts import held_back
 
 if TYPE_CHECKING:
     from uvas.reservation import Adoption, Reservation
@@ -25,8 +30,60 @@ Errand = tuple[Callable[[int], int], int, object]
 """A function of the core, the id to call it with, and what must live until then. Nobody learns what it answers."""
 
 
-live: dict[int, weakref.ref[Reservation | Adoption]] = {}
+class Trace(weakref.ref[Any]):
+    """What is left of an object: ends what its finalizer should have ended.
+
+    Knows the cell where C wrote the object's handle, and keeps alive what must live until the end.
+    """
+
+    __slots__ = ("alive", "cell")
+
+    cell: Any
+    alive: Any
+
+    @classmethod
+    def of(cls, owner: object, cell: Any, alive: object) -> Self:
+        """Make one."""
+        made = cls(owner, _process.errands.put)
+        made.cell, made.alive = cell, alive
+        return made
+
+    def end(self) -> None:
+        """End it, if that has not been done."""
+        raise NotImplementedError
+
+
+class ReservationTrace(Trace):
+    """Of a reservation or an adoption."""
+
+    __slots__ = ()
+
+    def end(self) -> None:
+        """Release it."""
+        if identity := self.cell.id:
+            live.pop(identity, None)
+            lib.uvas_release(identity)
+
+
+class LeaseTrace(Trace):
+    """Of a lease."""
+
+    __slots__ = ()
+
+    def end(self) -> None:
+        """Let go of the memory."""
+        leased.discard(self)
+        if identity := self.cell[0]:
+            fast.unlease(identity)
+            for function, waiting, _alive in self.alive.when_unused():
+                function(waiting)
+
+
+live: dict[int, ReservationTrace] = {}
 """Every live reservation and adoption of the process, by id: `find` gives back the very object."""
+
+leased: set[LeaseTrace] = set()
+"""The traces of all leases, to keep them."""
 
 represent: list[Callable[[int], Reservation | None]] = []
 """Who may know an address that `live` does not: arenas make objects for their reservations when they are asked for."""
@@ -45,7 +102,7 @@ class _Process:
     """What belongs to this process; a forked child begins anew."""
 
     def __init__(self) -> None:
-        self.errands: SimpleQueue[Errand] = SimpleQueue()  # put is reentrant: finalizers may interrupt it
+        self.errands: SimpleQueue[Errand | Trace] = SimpleQueue()  # put is reentrant: finalizers may interrupt it
         self.reaper: threading.Thread | None = None
         self.starting = threading.Lock()
 
@@ -66,11 +123,26 @@ def enqueue(errand: Errand) -> None:
 def work_off() -> None:
     """Do what finalizers left."""
     errands = _process.errands
-    while not errands.empty():
-        try:
-            function, identity, _alive = errands.get_nowait()
-        except Empty:
-            return
+    if errands.empty():
+        return
+    with held_back():  # what has been taken from the queue is done, or put back
+        while not errands.empty():
+            try:
+                errand = errands.get_nowait()
+            except Empty:
+                return
+            try:
+                _do(errand)
+            except BaseException:
+                errands.put(errand)  # done twice is done once: handles are never used again
+                raise
+
+
+def _do(errand: Errand | Trace) -> None:
+    if isinstance(errand, Trace):
+        errand.end()
+    else:
+        function, identity, _alive = errand
         function(identity)
 
 
@@ -83,16 +155,17 @@ def start_reaper() -> None:
             process.reaper.start()
 
 
-def _reap(errands: SimpleQueue[Errand]) -> None:
+def _reap(errands: SimpleQueue[Errand | Trace]) -> None:
     while True:
-        function, identity, alive = errands.get()
-        function(identity)
-        del alive
+        errand = errands.get()
+        _do(errand)
+        del errand
 
 
 def _begin_anew() -> None:
     global _process
     _process = _Process()
+    leased.clear()
 
 
 os.register_at_fork(after_in_child=_begin_anew)
@@ -132,9 +205,11 @@ class Lease:
         self.size = size
         self.readonly = readonly
         self.holder = holder
+        leased.add(LeaseTrace.of(self, self._cell, reservation))
 
     def take(self, identity: int, offset: int) -> int:
         """Ask the core for it: 0 or a negative errno."""
+        work_off()  # or the traces of arrays that have gone would pile up
         return int(lib.uvas_lease(identity, offset, self.size, self._cell))
 
     @property

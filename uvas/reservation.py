@@ -8,7 +8,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from errno import EBUSY
+from errno import EBUSY, ESTALE
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from uvas._core import ffi, lib
 from uvas.devices.adapter import raise_answer
-from uvas.leases import Errand, Lease, enqueue, generation, live, start_reaper
+from uvas.leases import Errand, Lease, ReservationTrace, enqueue, generation, live, start_reaper, work_off
 from uvas.protection import protection_bits
 from uvas.ranges import Range
 
@@ -105,7 +105,7 @@ class _Held:
         """C has made it: known from now on."""
         cell = self._cell
         self._base, self._size = cell.base, cell.size
-        live[cell.id] = weakref.ref(self)  # type: ignore[arg-type]  # only its subclasses are ever made
+        live[cell.id] = ReservationTrace.of(self, cell, self._space)
 
     def _forget(self) -> None:
         live.pop(self._cell.id, None)
@@ -426,6 +426,7 @@ class Reservation(_Held):
         code = call()
         if code == -EBUSY:
             gc.collect()
+            work_off()  # an array whose finalizer was interrupted
             code = call()
         if code == -EBUSY:
             refusal = raise_answer(code)
@@ -450,7 +451,7 @@ class Reservation(_Held):
             start_reaper()
             # An array that went in between has seen that it is retired, or its errand finds nothing in the way.
             enqueue((lib.uvas_release, self._cell.id, self._space))
-        elif code < 0:
+        elif code < 0 and code != -ESTALE:  # ESTALE: the last array has gone just now, and the reaper was faster
             raise raise_answer(code)
         else:
             self._forget()
@@ -476,9 +477,9 @@ class Reservation(_Held):
             identity = self._cell.id
             if not identity or self._generation is not generation() or sys.is_finalizing():
                 return
-            live.pop(identity, None)
+            if identity not in live:  # else its trace ends it, whatever becomes of this
+                enqueue((lib.uvas_release, identity, self._space))
             if not self._retired and not self._space.closed:
                 warnings.warn(f"{self!r} was never released", ResourceWarning, source=self, stacklevel=2)
-            enqueue((lib.uvas_release, identity, self._space))
         except AttributeError:
             pass  # a constructor that raised, or an interpreter that has taken itself apart

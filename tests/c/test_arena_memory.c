@@ -102,7 +102,7 @@ static size_t own_resident_bytes(void) {
 static void bookkeeping_is_small(void) {
     static const struct {
         size_t size, count;
-    } kinds[] = {{16, 1000000}, {64, 1000000}, {129, 400000}, {1000, 200000}, {4095, 100000}, {4096, 200000}, {4097, 200000},
+    } kinds[] = {{16, 1000000}, {64, 1000000}, {129, 400000}, {1000, 200000}, {2500, 100000}, {3000, 100000}, {4095, 100000}, {4096, 200000}, {4097, 200000},
                  {20000, 60000}, {65536, 20000}, {65537, 20000}, {300000, 5000}};
     for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
         struct scene scene = growing_scene(&(struct uvas_arena_options){.idle_ns = UINT64_MAX});
@@ -120,6 +120,7 @@ static void bookkeeping_is_small(void) {
         printf("   %zu blocks of %zu: %.2f bytes each, %.3f %% (in RAM %.3f %%)\n", kinds[k].count, kinds[k].size,
                (double)now.metadata_bytes / (double)now.live_blocks, 100.0 * (double)now.metadata_bytes / (double)now.live_bytes,
                100.0 * (double)grown / (double)now.live_bytes);
+        (void)fflush(stdout);
         CHECK(now.metadata_bytes <= most);
 #ifndef __SANITIZE_ADDRESS__
 #ifndef __SANITIZE_THREAD__
@@ -165,7 +166,7 @@ static void trim_gives_memory_back(void) {
     end_scene(&scene);
 }
 
-/* Spans in which a block lives stay, whole, with what is in them. */
+/* Spans in which a block lives stay, with what is in it, and nothing else. */
 static void trim_leaves_what_lives(void) {
     struct scene scene = fixed_scene(64 * MIB, &(struct uvas_arena_options){.idle_ns = UINT64_MAX});
     uintptr_t held[512];
@@ -181,14 +182,32 @@ static void trim_leaves_what_lives(void) {
     }
     uint64_t bytes = 0;
     CHECK_OK(uvas_arena_trim(scene.arena, &bytes));
-    CHECK(bytes == 48 * MIB && bytes_in_pieces(scene.held.id) == 16 * MIB && stats_of(scene.arena).committed_bytes == 16 * MIB);
+    CHECK(bytes == 63 * MIB && stats_of(scene.arena).resident_bytes == MIB); /* spans, and the pages beside those that live */
+    CHECK(bytes_in_pieces(scene.held.id) == 16 * MIB && stats_of(scene.arena).committed_bytes == 16 * MIB);
     in_order(&scene);
     uintptr_t again;
-    CHECK_OK(uvas_alloc_zeroed(scene.arena, 5 * MIB, 0, &again)); /* over fresh and dirty pages */
+    CHECK_OK(uvas_alloc_zeroed(scene.arena, 5 * MIB, 0, &again));
     CHECK(all_bytes_are(again, 5 * MIB, 0));
     CHECK_OK(uvas_free(scene.arena, again));
     for (size_t i = 0; i < 512; i += 64) {
         verify_pattern(held[i], 128 * KIB, i);
+        CHECK_OK(uvas_free(scene.arena, held[i]));
+    }
+    end_scene(&scene);
+}
+
+/* Also what was committed in advance, behind blocks that live. */
+static void trim_leaves_nothing_behind_holes(void) {
+    struct scene scene = growing_scene(&(struct uvas_arena_options){.growth = 4 * GIB, .idle_ns = UINT64_MAX});
+    uintptr_t held[300];
+    for (size_t i = 0; i < 300; i++) {
+        held[i] = must_alloc(scene.arena, MIB, 0);
+        write_pattern(held[i], MIB, i);
+    }
+    CHECK_OK(uvas_arena_trim(scene.arena, NULL));
+    CHECK(stats_of(scene.arena).committed_bytes == 300 * MIB && stats_of(scene.arena).resident_bytes <= 300 * MIB);
+    for (size_t i = 0; i < 300; i++) {
+        verify_pattern(held[i], MIB, i);
         CHECK_OK(uvas_free(scene.arena, held[i]));
     }
     end_scene(&scene);
@@ -551,6 +570,7 @@ int main(int argc, char **argv) {
                  {"bookkeeping_is_small", bookkeeping_is_small},
                  {"trim_gives_memory_back", trim_gives_memory_back},
                  {"trim_leaves_what_lives", trim_leaves_what_lives},
+                 {"trim_leaves_nothing_behind_holes", trim_leaves_nothing_behind_holes},
                  {"what_is_idle_is_given_back", what_is_idle_is_given_back},
                  {"what_was_used_lately_stays", what_was_used_lately_stays},
                  {"a_bare_arena_commits_nothing", a_bare_arena_commits_nothing},

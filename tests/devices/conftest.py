@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
@@ -18,7 +19,8 @@ def children() -> set[int]:
     """The process ids of this process's children, zombies too."""
     found = set()
     for task in Path("/proc/self/task").iterdir():
-        found |= {int(pid) for pid in (task / "children").read_text().split()}
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
     return found
 
 
@@ -29,7 +31,7 @@ def nothing_left() -> Iterator[None]:
     before = machine.descriptors(), children()
     assert uvas.AddressSpace.__name__  # the library is loaded before anything is counted
     yield
-    deadline = time.monotonic() + 5  # what was let go of without a word is buried by threads
+    deadline = time.monotonic() + 30  # what was let go of without a word is buried by threads
     while gc.collect() >= 0 and (machine.descriptors(), children()) != before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert (machine.descriptors(), children()) == before

@@ -22,6 +22,7 @@ import on_device
 import pytest
 
 import uvas
+from uvas.devices import link
 
 PAGE = machine.PAGE
 TESTS = str(Path(__file__).parents[1])
@@ -627,6 +628,9 @@ def test_a_host_without_stderr(tmp_path):
 # ---- interrupts ------------------------------------------------------------------------------------------------------
 
 
+ENOUGH = 10
+
+
 class Interrupts:
     """SIGINT at random moments of the main thread's work, which raises KeyboardInterrupt once for each, and only there.
 
@@ -640,11 +644,12 @@ class Interrupts:
         self._one_at_a_time = one_at_a_time
         self._raised = threading.Event()
         self._armed = False
+        self.count = 0
         self.thread = threading.Thread(target=self._send)
 
     def _send(self) -> None:
-        pause, deadline = 0.0001, time.monotonic() + 3
-        while time.monotonic() < deadline:
+        pause, began = 0.0001, time.monotonic()
+        while time.monotonic() < began + 3 or (self.count <= ENOUGH and time.monotonic() < began + 60):
             time.sleep(pause)
             self._raised.clear()
             os.kill(os.getpid(), signal.SIGINT)
@@ -657,6 +662,7 @@ class Interrupts:
         self._raised.set()
         if self._armed:
             self._armed = False
+            self.count += 1
             raise KeyboardInterrupt
 
     def during(self, work: Callable[[], object]) -> tuple[int, int]:
@@ -686,7 +692,7 @@ def test_interrupts_at_random_moments_cost_nothing(device, space):
         device.submit(on_device.double, 1)
 
     rounds, interrupted = Interrupts(one_at_a_time=True).during(work)
-    assert interrupted > 10
+    assert interrupted > ENOUGH
     assert rounds > interrupted
     assert device.run(on_device.double, 21) == 42
     assert open_on(device) == before
@@ -708,11 +714,30 @@ def test_a_second_interrupt_breaks_off_and_never_hangs():
             device = uvas.ProcessDevice()
 
     rounds, interrupted = Interrupts(one_at_a_time=False).during(work)
-    assert interrupted > 10
+    assert interrupted > ENOUGH
     assert rounds > interrupted
     device.close()
     with uvas.ProcessDevice() as fresh:
         assert fresh.run(on_device.double, 21) == 42
+
+
+def test_an_interrupt_while_a_worker_starts_leaves_none(monkeypatch):
+    """It is raised when the worker has an owner, who goes and takes it along."""
+
+    def interrupted(name: str) -> object:
+        started = launch(name)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return started
+
+    launch = link.launch
+    monkeypatch.setattr(link, "launch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        uvas.ProcessDevice()
+    left = [one for one in link._living if one.usable]
+    for one in left:
+        one.abandon()
+    assert left == []
 
 
 def test_a_line_that_broke_off_ends_the_device():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,8 +20,8 @@ from machine import ARENA, MIB, PAGE, descriptors, failing, mappings
 
 from uvas._core import ffi, lib
 
-WINDOW = ARENA + (10 << 32)
 WINDOW_SIZE = 1 << 30
+WINDOWS = itertools.count(ARENA + (10 << 32), WINDOW_SIZE)  # one for each scene: what one leaves is no other's fault
 MOST_CALLS = 200
 FIXED_SIZE = 24 * MIB
 ANSWERS = {errno.ENOMEM, errno.EDQUOT, errno.ENOSPC, errno.EINVAL, errno.ENOTSUP}
@@ -53,8 +54,6 @@ class Scene:
         code = lib.uvas_alloc_many(self.arena, ffi.new("size_t[]", sizes), len(sizes), got)
         if code == 0:
             self.made += list(got)
-        else:
-            assert list(got) == [1] * len(sizes)
         return int(code)
 
     def realloc(self, index: int, size: int) -> int:
@@ -86,14 +85,7 @@ def numbers(scene: Scene) -> tuple[int, ...]:
     stats = ffi.new("struct uvas_arena_stats *")
     assert lib.uvas_arena_stats(scene.arena, stats) == 0
     assert stats.live_bytes + stats.cached_bytes <= stats.used_bytes
-    return (
-        stats.live_blocks,
-        stats.live_bytes,
-        stats.total_blocks,
-        stats.reserved_bytes,
-        stats.regions,
-        stats.late_frees,
-    )
+    return stats.live_blocks, stats.live_bytes, stats.late_frees
 
 
 def open_arena(space: int, held: int, flags: int) -> tuple[int, int]:
@@ -132,7 +124,8 @@ def a_scene(kind: str) -> Iterator[Scene]:
     before = descriptors()
     fixed, flags = KINDS[kind]
     space = ffi.new("uvas_id *")
-    options = ffi.new("struct uvas_space_options *", {"window_base": WINDOW, "window_size": WINDOW_SIZE})
+    window = next(WINDOWS)
+    options = ffi.new("struct uvas_space_options *", {"window_base": window, "window_size": WINDOW_SIZE})
     assert lib.uvas_space_open(options, space) == 0
     held = ffi.new("struct uvas_reservation *")
     if fixed:
@@ -143,7 +136,7 @@ def a_scene(kind: str) -> Iterator[Scene]:
     populate(scene)
     yield scene
     end(scene)
-    assert mappings(WINDOW, WINDOW + WINDOW_SIZE) == []
+    assert mappings(window, window + WINDOW_SIZE) == []
     assert descriptors() == before
 
 
@@ -246,8 +239,9 @@ def test_every_system_call_of_every_verb(name: str, kind: str, lasting: bool, er
             code, made = try_a_verb(name, scene, k, lasting=lasting, error=error)
             in_order(scene)
             if code:
-                assert numbers(scene)[:3] == before[:3], f"call {k}"
-                assert name not in ("free", "shrink"), "which need nothing"
+                assert numbers(scene) == before, f"call {k}"
+                assert name != "free", "which needs nothing"
+                assert name != "shrink" or kind == "guarded", "which moves where there are guards"
             still_works(scene)
         if made < k:
             assert code == 0
@@ -255,6 +249,17 @@ def test_every_system_call_of_every_verb(name: str, kind: str, lasting: bool, er
     else:
         raise AssertionError("a verb of 200 calls")
     assert k > 1 or name not in ("large in fresh pages", "larger than a growth", "realloc over spans", "trim")
+
+
+def settle(scene: Scene) -> None:
+    """What the kernel would not take when the arena was closed: the caller's reservation has it, or the quarantine."""
+    assert not scene.held or lib.uvas_decommit(scene.held, 0, FIXED_SIZE) == 0
+    count, one = ffi.new("size_t *"), ffi.new("struct uvas_finding *")
+    assert lib.uvas_heal(scene.space, one, 1, count) == 0
+    assert count[0] == 0
+    stats = ffi.new("struct uvas_space_stats *")
+    assert lib.uvas_space_stats(scene.space, stats) == 0
+    assert (stats.quarantined_bytes, stats.poisoned_bytes) == (0, 0)
 
 
 @pytest.mark.parametrize("error", [errno.ENOMEM, errno.EINVAL], ids=["ENOMEM", "EINVAL"])
@@ -282,7 +287,7 @@ def test_every_system_call_of_open_and_close(kind: str, lasting: bool, error: in
                 assert lib.uvas_arena_close(scene.arena) == 0
                 scene.arena = 0
             else:
-                lib.uvas_heal(scene.space, ffi.NULL, 0, ffi.new("size_t *"))
+                settle(scene)
             with failing(k, lasting=lasting, error=error):
                 code, arena = open_arena(scene.space, scene.held, KINDS[kind][1])
                 if code:

@@ -2,13 +2,15 @@
 
     python tests/kernels/run.py                   those whose tools are here; the others are skipped, and it is said why
     python tests/kernels/run.py --install         what is missing is installed first: by apt, as root, on Debian
-    python tests/kernels/run.py --json FILE       also write what was seen
     python tests/kernels/run.py gvisor alpha      some of them
+    python tests/kernels/run.py --json FILE       also write what was seen
+    python tests/kernels/run.py --record          all of them, to benchmarks/results/kernels.json; and --readme
+    python tests/kernels/run.py --readme          only make the README's table from that file
 
-On each: what ``uvas_platform`` says and whether it is so (`test_platform`), the registry against its model, the lock-free
-readers, and the race of our threads against hostile ones (`stress_space`), whose oracle is everybody's bytes. Under
-gVisor Python runs as well: ``uvas demo`` reserves matching ranges with two worker processes while squatters map there
-too, and verifies everybody's bytes and every answer. The exit code is 0 if all that ran was good.
+On each: what ``uvas_platform`` says and whether it is so (`test_platform`), the registry against its model, the
+lock-free readers, and the race of our threads against hostile ones (`stress_space`), whose oracle is everybody's
+bytes. Under gVisor Python runs as well: ``uvas demo`` reserves matching ranges with two worker processes while
+squatters map there too, and verifies everybody's bytes and every answer. The exit code is 0 if all that ran was good.
 
 qemu-user translates system calls to this machine's kernel: it is a kernel of its own in what it knows of mmap, and a
 machine of its own in page size and byte order. gVisor is a kernel.
@@ -32,11 +34,15 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parents[1]
+README = PROJECT / "README.md"
+EVIDENCE = PROJECT / "benchmarks" / "results" / "kernels.json"
+BEGIN, END = "<!-- table: kernels -->\n", "<!-- end: kernels -->"
 sys.path.insert(0, str(HERE.parent))
 
-from c.run import Builder, tests  # noqa: E402  # beside this directory, which is no package
+from c.run import CORE, Builder, tests  # noqa: E402  # beside this directory, which is no package
 
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 FLAGS = {1: "honoured", 2: "answers ENOMEM", 3: "ignored: moves", 4: "replaces on partial overlap", 5: "refused"}
 RACE = re.compile(r"ok stress_space .*?: (\d+) reserved, .*? (\d+) foreign")
 
@@ -54,6 +60,10 @@ class Kernel:
     """Debian's, for the command and the compiler."""
     python: bool = False
     """Whether this machine's Python runs there."""
+    refuses: str = ""
+    """What the core says when it does not compile for that machine, and must not."""
+    aligns: str = ""
+    """Where shared mappings start on the real machine, if not at every page."""
 
     @property
     def missing(self) -> list[str]:
@@ -61,11 +71,20 @@ class Kernel:
         return [program for program in (*self.command[:1], self.cc) if shutil.which(program) is None]
 
 
-def qemu(name: str, title: str, triplet: str, *packages: str, page_size: int | None = None) -> Kernel:
+def qemu(
+    name: str,
+    title: str,
+    triplet: str,
+    *packages: str,
+    page_size: int | None = None,
+    refuses: str = "",
+    aligns: str = "",
+) -> Kernel:
     """Describe an architecture under qemu-user."""
     pages = ("-p", str(page_size)) if page_size else ()
     command = (f"qemu-{triplet.partition('-')[0]}", *pages, "-L", f"/usr/{triplet}")
-    return Kernel(name, title, command, f"{triplet}-gcc", ("qemu-user", f"gcc-{triplet}", *packages))
+    needed = ("qemu-user", f"gcc-{triplet}", *packages)
+    return Kernel(name, title, command, f"{triplet}-gcc", needed, refuses=refuses, aligns=aligns)
 
 
 ARM = ("aarch64-linux-gnu", "libc6-dev-arm64-cross")
@@ -81,8 +100,28 @@ KERNELS = [
     qemu("aarch64", "qemu-user, aarch64, 4 KiB pages", *ARM),
     qemu("aarch64-64k", "qemu-user, aarch64, 64 KiB pages", *ARM, page_size=65536),
     qemu("alpha", "qemu-user, alpha: the flag is 0x200000", "alpha-linux-gnu", "libc6.1-dev-alpha-cross"),
-    qemu("sparc64", "qemu-user, sparc64: big-endian", "sparc64-linux-gnu", "libc6-dev-sparc64-cross"),
-    qemu("mips64el", "qemu-user, mips64el", "mips64el-linux-gnuabi64", "libc6-dev-mips64el-cross"),
+    qemu(
+        "sparc64",
+        "qemu-user, sparc64: big-endian",
+        "sparc64-linux-gnu",
+        "libc6-dev-sparc64-cross",
+        aligns="16 KiB",
+    ),
+    qemu(
+        "mips64el",
+        "qemu-user, mips64el",
+        "mips64el-linux-gnuabi64",
+        "libc6-dev-mips64el-cross",
+        aligns="up to 256 KiB",
+    ),
+    qemu(
+        "hppa",
+        "qemu-user, hppa: 32 bits",
+        "hppa-linux-gnu",
+        "libc6-dev-hppa-cross",
+        refuses="uvas knows 64-bit Linux only",
+        aligns="4 MiB",
+    ),
 ]
 
 
@@ -92,6 +131,10 @@ class Seen:
 
     kernel: str
     skipped: str = ""
+    refused: str = ""
+    """What the core said instead of compiling, as it has to."""
+    aligns: str = ""
+    """Where shared mappings start on the real machine, if not at every page."""
     platform: dict[str, int] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -126,13 +169,16 @@ def install(kernels: list[Kernel]) -> None:
     subprocess.run([*get, "update"], env=environment, check=False, capture_output=True)
     for package in packages:  # one that does not exist here must not keep the others out
         subprocess.run(
-            [*get, "install", "-y", "--no-install-recommends", package], env=environment, check=False, capture_output=True
+            [*get, "install", "-y", "--no-install-recommends", package],
+            env=environment,
+            check=False,
+            capture_output=True,
         )
 
 
 def look(kernel: Kernel) -> Seen:
     """Run everything on a kernel."""
-    seen = Seen(kernel.title)
+    seen = Seen(kernel.title, aligns=kernel.aligns)
     if kernel.missing:
         seen.skipped = f"{' and '.join(kernel.missing)} not found: apt install {' '.join(kernel.packages)}"
         return seen
@@ -141,6 +187,15 @@ def look(kernel: Kernel) -> Seen:
         if code:
             seen.skipped = f"does not start here: {why.strip().splitlines()[-1:] or code}"
             return seen
+    if kernel.refuses:
+        command = [kernel.cc, "-std=c11", f"-I{CORE / 'include'}", "-fsyntax-only", str(CORE / "src" / "vm.c")]
+        code, _, why = run(command)
+        print(f"{kernel.name}: {' '.join(command[:1])}: exit code {code}\n{why}", end="", flush=True)
+        if code and kernel.refuses in why:
+            seen.refused = kernel.refuses
+        else:
+            seen.failed.append("refusal to compile")
+        return seen
     with tempfile.TemporaryDirectory() as directory:
         for name, program in Builder(Path(directory), cc=kernel.cc).build(tests()).items():
             code, said, complaints = run([*kernel.command, str(program)])
@@ -160,7 +215,7 @@ def look(kernel: Kernel) -> Seen:
 
 
 def kept_its_word(report: dict[str, int]) -> bool:
-    """Tell whether the demo lost nothing. Its exit code also wants MAP_FIXED to do harm, which takes luck on a slow kernel."""
+    """Tell whether the demo lost nothing. Its exit code also wants MAP_FIXED to do harm: luck, on a slow kernel."""
     return (
         report.get("reserved", 0) > 0
         and report["squatter_bytes_lost"] == 0
@@ -169,30 +224,72 @@ def kept_its_word(report: dict[str, int]) -> bool:
     )
 
 
+HEADINGS = (
+    "kernel",
+    "page",
+    "the flag",
+    "`PROCMAP_QUERY`",
+    "guards",
+    "tag",
+    "shared memory starts at multiples of",
+    "race: our reservations / strangers' mappings",
+    "with two workers",
+    "tests",
+)
+
+
+def cells(seen: Seen) -> tuple[str, ...]:
+    """Return what was seen as words, one for each heading."""
+    said = seen.platform
+    if seen.failed or not said:
+        why = seen.refused and f"does not compile, as it should: {seen.refused}"
+        why = f"FAILED: {', '.join(seen.failed)}" if seen.failed else why or f"skipped: {seen.skipped}"
+        return seen.kernel, *[""] * (len(HEADINGS) - 2), why
+    yes = ["no", "yes"]
+    real = f" (the real machine: {seen.aligns})" if seen.aligns else ""
+    return (
+        seen.kernel,
+        f"{said['page_size'] >> 10} KiB",
+        FLAGS[said["flag"]],
+        yes[said["procmap_query"]],
+        yes[said["guard"]],
+        yes[said["tag"]],
+        f"{said['shared_alignment'] >> 10} KiB{real}",
+        f"{seen.reserved:,} / {seen.foreign:,}",
+        "" if seen.matched is None else f"{seen.matched} ranges",
+        f"{len(seen.passed)} good",
+    )
+
+
 def table(every: list[Seen]) -> Table:
     """Draw what was seen."""
     drawn = Table(box=None, header_style="bold")
-    for heading in ("kernel", "page", "flag", "query", "guards", "tag", "race: reserved / hostile", "matched", "tests"):
-        drawn.add_column(heading, overflow="fold")
+    for heading in HEADINGS:
+        drawn.add_column(heading.replace("`", ""), overflow="fold")
     for seen in every:
-        said = seen.platform
-        if seen.skipped or not said:
-            why = f"skipped: {seen.skipped}" if seen.skipped else f"[bold red]failed: {', '.join(seen.failed)}[/]"
-            drawn.add_row(seen.kernel, *[""] * 7, why)
-            continue
-        yes = ["no", "yes"]
-        drawn.add_row(
-            seen.kernel,
-            f"{said['page_size'] >> 10} KiB",
-            FLAGS[said["flag"]],
-            yes[said["procmap_query"]],
-            yes[said["guard"]],
-            yes[said["tag"]],
-            f"{seen.reserved:,} / {seen.foreign:,}",
-            "" if seen.matched is None else str(seen.matched),
-            f"[bold red]failed: {', '.join(seen.failed)}[/]" if seen.failed else f"{len(seen.passed)} good",
-        )
+        drawn.add_row(*cells(seen), style="bold red" if seen.failed else "")
     return drawn
+
+
+def machine() -> dict[str, str]:
+    """Return what all of it ran on."""
+    versions = {
+        name: run([command, "--version"])[1].partition("\n")[0]
+        for name, command in (("qemu", "qemu-aarch64"), ("runsc", "runsc"), ("gcc", "gcc"))
+        if shutil.which(command)
+    }
+    commit = run(["git", "-C", str(PROJECT), "rev-parse", "--short", "HEAD"])[1].strip()
+    return {"kernel": platform.release(), "machine": platform.machine(), **versions, "commit": commit}
+
+
+def write_readme() -> None:
+    """Make the README's table from the evidence."""
+    evidence = json.loads(EVIDENCE.read_text())
+    rows = [HEADINGS, ("---",) * len(HEADINGS), *(cells(Seen(**seen)) for seen in evidence["seen"])]
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(before + BEGIN + lines + END + after)
 
 
 def main() -> int:
@@ -202,17 +299,29 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="KERNEL", help=f"{', '.join(names)} (default: all)")
     parser.add_argument("--install", action="store_true", help="install what is missing, as root on Debian")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write what was seen")
+    parser.add_argument(
+        "--record", action="store_true", help="write it to benchmarks/results/kernels.json and the README"
+    )
+    parser.add_argument("--readme", action="store_true", help="run nothing: make the README's table from that file")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(names):
         parser.error(f"no such kernel: {', '.join(sorted(unknown))}")
+    if arguments.record and arguments.names:
+        parser.error("the record is of all kernels")
+    if arguments.readme:
+        write_readme()
+        return 0
     kernels = [kernel for kernel in KERNELS if not arguments.names or kernel.name in arguments.names]
     if arguments.install:
         install(kernels)
     every = [look(kernel) for kernel in kernels]
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(table(every))
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(seen) for seen in every], indent=1) + "\n")
+    evidence = json.dumps({"machine": machine(), "seen": [asdict(seen) for seen in every]}, indent=1) + "\n"
+    for file in [*([arguments.json] if arguments.json else []), *([EVIDENCE] if arguments.record else [])]:
+        file.write_text(evidence)
+    if arguments.record:
+        write_readme()
     return 1 if any(seen.failed for seen in every) else 0
 
 

@@ -44,6 +44,20 @@ PROJECT = HERE.parents[1]
 COPIED = ["pyproject.toml", "README.md", "uvas", "tests", "examples"]
 CORE = Path("uvas", "_core")
 TIMEOUT_S = 300
+"""For a test of the unchanged project."""
+PATIENCE = 10
+"""A mutant's test may take so many times as long as it took unchanged, and..."""
+PATIENCE_S = 15
+"""...so much longer: what hangs is killed, but must not keep everybody waiting."""
+STRESS_S = 10
+"""For a stress test: on a busy machine it takes longer until two threads meet; a mutant that is caught is soon done."""
+GRACE_S = 10
+"""For pytest to say that its own timeout has struck."""
+
+
+def pytest(timeout_s: float, *arguments: str) -> list[str]:
+    """Run tests in Python, in the root of a copy."""
+    return ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", f"{timeout_s:.0f}", *arguments]
 
 
 @dataclass(frozen=True)
@@ -54,17 +68,17 @@ class Killer:
     sanitizer: str = ""
 
     @property
-    def command(self) -> list[str]:
-        """Run it, in the root of a copy."""
-        if not self.in_c:
-            return ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--timeout", "120", self.name]
-        sanitizer = ["--sanitizer", self.sanitizer] if self.sanitizer else []
-        return ["tests/c/run.py", *sanitizer, self.name.removeprefix("c:")]
-
-    @property
     def in_c(self) -> bool:
         """Whether it is a C test."""
         return self.name.startswith("c:")
+
+    def command(self, timeout_s: float) -> list[str]:
+        """Run it, in the root of a copy."""
+        if not self.in_c:
+            return pytest(timeout_s, "-x", self.name)
+        sanitizer = ["--sanitizer", self.sanitizer] if self.sanitizer else []
+        seconds = 2 * STRESS_S if sanitizer else STRESS_S
+        return ["tests/c/run.py", "--seconds", str(seconds), *sanitizer, self.name.removeprefix("c:")]
 
     def verdict(self, code: int, output: str) -> tuple[str, str]:
         """Return what an exit code and an output mean, and in which words the test said so."""
@@ -102,6 +116,20 @@ class Result:
     verdict: str
     said: str
     seconds: float
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """What became of a test in the clean copy."""
+
+    verdict: str
+    said: str
+    seconds: float
+
+    @property
+    def patience_s(self) -> float:
+        """How long the same test may take in a mutant."""
+        return PATIENCE * self.seconds + PATIENCE_S
 
 
 def read(path: Path) -> Mutant:
@@ -162,11 +190,11 @@ class Workshop:
             self.link(copy, objects)
         return copy
 
-    def test(self, copy: Path, killer: Killer) -> tuple[str, str]:
-        """Run a test in a copy."""
+    def run(self, copy: Path, command: list[str], timeout_s: float) -> tuple[int | None, str]:
+        """Run Python in a copy: the exit code, None if it took too long, and the output."""
         environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
         process = subprocess.Popen(
-            [sys.executable, *killer.command],
+            [sys.executable, *command],
             cwd=copy,
             env=environment,
             stdout=subprocess.PIPE,
@@ -176,22 +204,46 @@ class Workshop:
             start_new_session=True,
         )
         try:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
+            output, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            return "killed", f"not done after {TIMEOUT_S} s"
+            return None, ""
         finally:
             end_session(process.pid)
             process.wait()
-        return killer.verdict(process.returncode, output)
+        return process.returncode, output
 
-    def judge(self, mutant: Mutant) -> Result:
+    def test(self, copy: Path, killer: Killer, timeout_s: float) -> tuple[str, str]:
+        """Run a test in a copy."""
+        code, output = self.run(copy, killer.command(timeout_s), timeout_s + GRACE_S)
+        return ("killed", f"not done after {timeout_s:.0f} s") if code is None else killer.verdict(code, output)
+
+    def unchanged(self, killer: Killer) -> Unchanged:
+        """Run a test in the clean copy."""
+        began = time.monotonic()
+        verdict, said = self.test(self.clean, killer, TIMEOUT_S)
+        return Unchanged(verdict, said, time.monotonic() - began)
+
+    def together(self, killers: list[Killer]) -> dict[Killer, Unchanged]:
+        """Run the tests in Python in one process, which starts once; nothing is known if not all pass."""
+        names = [killer.name for killer in killers if not killer.in_c]
+        code, output = self.run(self.clean, pytest(TIMEOUT_S, "--durations=0", *names), TIMEOUT_S + GRACE_S)
+        if not names or code != 0:
+            return {}
+        spent = re.findall(r"^([\d.]+)s (?:setup|call|teardown) +(\S+)", output, re.MULTILINE)
+        return {
+            killer: Unchanged("survived", "", sum(float(s) for s, test in spent if test.startswith(killer.name)))
+            for killer in killers
+            if not killer.in_c
+        }
+
+    def judge(self, mutant: Mutant, timeout_s: float) -> Result:
         """See whether a mutant is killed."""
         began = time.monotonic()
         try:
             copy = self.mutate(mutant)
         except subprocess.CalledProcessError as error:
             return Result(mutant, "unproven", error.stderr.decode(errors="replace").strip(), time.monotonic() - began)
-        verdict, said = self.test(copy, mutant.killer)
+        verdict, said = self.test(copy, mutant.killer, timeout_s)
         shutil.rmtree(copy, ignore_errors=True)
         return Result(mutant, verdict, said, time.monotonic() - began)
 
@@ -225,7 +277,9 @@ def main() -> int:
     """Judge what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="MUTANT", help="names without .patch (default: all)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at once (default: one a CPU)")
+    parser.add_argument(
+        "--jobs", type=int, default=1 + (os.cpu_count() or 1), help="how many at once (default: one more than CPUs)"
+    )
     arguments = parser.parse_args()
     every = {path.stem: path for path in sorted(HERE.glob("*.patch"))}
     if unknown := set(arguments.names) - set(every):
@@ -235,16 +289,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(arguments.jobs) as threads:
         workshop = Workshop(Path(directory))
         killers = list(dict.fromkeys(mutant.killer for mutant in mutants))
-        clean = dict(
-            zip(killers, threads.map(lambda killer: workshop.test(workshop.clean, killer), killers), strict=True)
-        )
-        sound = [mutant for mutant in mutants if clean[mutant.killer][0] == "survived"]
+        in_python = threads.submit(workshop.together, killers)
+        in_c = [killer for killer in killers if killer.in_c]
+        clean = dict(zip(in_c, threads.map(workshop.unchanged, in_c), strict=True)) | in_python.result()
+        unknown = [killer for killer in killers if killer not in clean]
+        clean |= zip(unknown, threads.map(workshop.unchanged, unknown), strict=True)
+        sound = [mutant for mutant in mutants if clean[mutant.killer].verdict == "survived"]
         results = [
-            Result(one, "unproven", f"fails unpatched: {clean[one.killer][1]}", 0)
+            Result(one, "unproven", f"fails unpatched: {clean[one.killer].said}", 0)
             for one in mutants
             if one not in sound
         ]
-        results += threads.map(workshop.judge, sound)
+        results += threads.map(lambda one: workshop.judge(one, clean[one.killer].patience_s), sound)
     console.print(table(results))
     alive = [result for result in results if result.verdict != "killed"]
     console.print(f"\n{len(results) - len(alive)} of {len(results)} mutants killed")

@@ -91,9 +91,11 @@ def test_3_to_6_any_overlap_is_refused(space: uvas.AddressSpace, first: int, pag
             assert stranger.intact()
 
 
+@pytest.mark.parametrize("ours", [True, False], ids=["beside uvas", "beside a stranger"])
 @pytest.mark.parametrize("first", [0, 4], ids=["7 before", "8 after"])
-def test_7_and_8_adjacent_places_are_free(space: uvas.AddressSpace, first: int) -> None:
-    with Stranger(ARENA + PAGE, 3 * PAGE), space.reserve(PAGE, at=ARENA + first * PAGE) as one:
+def test_7_and_8_adjacent_places_are_free(space: uvas.AddressSpace, first: int, ours: bool) -> None:
+    there = space.reserve(3 * PAGE, at=ARENA + PAGE) if ours else Stranger(ARENA + PAGE, 3 * PAGE)
+    with there, space.reserve(PAGE, at=ARENA + first * PAGE) as one:
         assert one.base == ARENA + first * PAGE
 
 

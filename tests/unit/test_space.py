@@ -302,7 +302,7 @@ def test_finalizers_only_enqueue() -> None:
         with pytest.warns(ResourceWarning, match="never released"):
             del held
         space.reserve(PAGE).release()  # a verb that passes does what was left
-        for _ in range(500):
+        for _ in range(3000):
             if not device.claims:
                 break
             time.sleep(0.01)  # a thread may be at it
@@ -324,7 +324,7 @@ def test_with_releases_when_the_last_array_goes(space: uvas.AddressSpace) -> Non
         held.numpy("u1")
     del array
     gc.collect()
-    for _ in range(500):
+    for _ in range(3000):
         if uvas.find(base) is None and space.stats().reservations == 0:
             break
         time.sleep(0.01)
@@ -343,7 +343,7 @@ def test_with_a_space_under_a_live_array() -> None:
         other.commit()
     del array, held, other
     gc.collect()
-    for _ in range(500):
+    for _ in range(3000):
         if not [one for one in mappings() if "uvas:kind" in one.name]:
             break
         time.sleep(0.01)

@@ -339,6 +339,31 @@ static int block_end(Block *self) {
     return state & (FREED | RETIRED) ? 0 : -1;
 }
 
+/* The same; cycles that hold it and that nobody can reach go first. */
+static int block_end_after_all(Block *self) {
+    int ended = block_end(self);
+    if (ended < 0) {
+        PyObject *gc = PyImport_ImportModule("gc"); /* PyGC_Collect does nothing where collection is turned off */
+        PyObject *found = gc ? PyObject_CallMethod(gc, "collect", NULL) : NULL;
+        Py_XDECREF(gc);
+        if (!found) {
+            PyErr_Clear();
+        }
+        Py_XDECREF(found);
+        ended = block_end(self);
+    }
+    return ended;
+}
+
+static PyObject *block_give_back(Block *self) {
+    int rc = give_back(self);
+    close_if_last(self->core);
+    if (rc < 0) {
+        return raise_object(PyObject_CallMethod((PyObject *)self, "_failed", "i", rc));
+    }
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(block_free_doc, "free($self, /)\n--\n\n"
                              "Give the memory back to the arena, exactly once.\n\n"
                              "Raises\n------\n"
@@ -347,11 +372,7 @@ PyDoc_STRVAR(block_free_doc, "free($self, /)\n--\n\n"
 
 static PyObject *block_free(Block *self, PyObject *unused) {
     (void)unused;
-    int ended = block_end(self);
-    if (ended < 0) {
-        PyGC_Collect(); /* cycles may hold an array that nobody can reach */
-        ended = block_end(self);
-    }
+    int ended = block_end_after_all(self);
     if (ended == 0) {
         return raise_object(PyObject_CallMethod((PyObject *)self, "_dead", NULL));
     }
@@ -364,34 +385,24 @@ static PyObject *block_free(Block *self, PyObject *unused) {
         }
         return NULL;
     }
-    int rc = give_back(self);
-    close_if_last(self->core);
-    if (rc < 0) {
-        return raise_object(PyObject_CallMethod((PyObject *)self, "_failed", "i", rc));
-    }
-    Py_RETURN_NONE;
+    return block_give_back(self);
 }
 
 PyDoc_STRVAR(block_retire_doc, "retire($self, /)\n--\n\nFree it now, or, where an array over it lives, when the last one goes.");
 
 static PyObject *block_retire(Block *self, PyObject *unused) {
     (void)unused;
-    if (block_end(self) < 0) {
-        PyGC_Collect();
+    int ended = block_end_after_all(self);
+    uint64_t state = atomic_load(&self->state);
+    while (ended < 0) { /* held: whoever lets go last frees it, unless that has been done just now */
+        if (!(state & HOLDS)) {
+            ended = block_end(self);
+        } else if (atomic_compare_exchange_weak(&self->state, &state, state | RETIRED)) {
+            ended = 0;
+        }
     }
-    uint64_t state = atomic_load(&self->state), next;
-    do {
-        if (state & (FREED | RETIRED)) {
-            Py_RETURN_NONE;
-        }
-        next = state & HOLDS ? state | RETIRED : FREED;
-    } while (!atomic_compare_exchange_weak(&self->state, &state, next));
-    if (next == FREED) {
-        int rc = give_back(self);
-        close_if_last(self->core);
-        if (rc < 0) {
-            return raise_object(PyObject_CallMethod((PyObject *)self, "_failed", "i", rc));
-        }
+    if (ended > 0) {
+        return block_give_back(self);
     }
     Py_RETURN_NONE;
 }
@@ -471,7 +482,8 @@ static void allocator_dealloc(Allocator *self) {
 }
 
 static PyObject *refuse(Allocator *self, PyObject *size, PyObject *align) {
-    return raise_object(PyObject_CallMethod((PyObject *)self, "_refusal", "OO", size, align ? align : Py_None));
+    return raise_object(align ? PyObject_CallMethod((PyObject *)self, "_refusal", "OO", size, align)
+                              : PyObject_CallMethod((PyObject *)self, "_refusal", "O", size));
 }
 
 static PyObject *fail(Allocator *self, int rc, size_t size) {

@@ -16,8 +16,8 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
 
-from uvas.devices.interrupts import held_back
 from uvas.errors import DeviceError
+from uvas.interrupts import held_back
 
 __all__ = ["Call", "Calls", "WorkerTraceback"]
 

@@ -17,7 +17,6 @@ import threading
 from typing import Any
 
 from uvas.devices.calls import Call, Calls
-from uvas.devices.interrupts import held_back
 from uvas.devices.launch import how_it_ended, launch
 from uvas.devices.requests import RequestLine
 from uvas.errors import DeviceLostError, ReleasedError
@@ -35,7 +34,7 @@ _AT_EXIT_S = 1.0
 
 
 class Link:
-    """A worker, from its start to its burial.
+    """A worker, from its start to its burial. Whoever makes one holds interrupts back until it knows whom to tell.
 
     Parameters
     ----------
@@ -56,7 +55,7 @@ class Link:
         self._hello: BaseException | None = None
         self._complaints = ""
         self._ended = threading.Event()
-        with held_back(even_a_second=True), contextlib.ExitStack() as on_failure:
+        with contextlib.ExitStack() as on_failure:
             self._launched = launch(self.name)
             self._process = self._launched.process
             self.pid = self._process.pid

@@ -11,10 +11,10 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from uvas.devices.base import Backing, DeviceInfo
 from uvas.devices.calls import Call
-from uvas.devices.interrupts import held_back
 from uvas.devices.link import Link
 from uvas.devices.transport import dumps
 from uvas.errors import AddressInUseError, DeviceLostError, NotSupportedError, ReleasedError, UvasError
+from uvas.interrupts import held_back
 from uvas.ranges import Range
 
 __all__ = ["ProcessDevice"]
@@ -76,7 +76,9 @@ class ProcessDevice:
             )
         if memory != "shared":
             raise ValueError(f"a worker's memory is 'shared' or 'private', not {memory!r}")
-        self._link = Link(name)
+        with held_back(even_a_second=True):  # an interrupt afterwards finds an object that ends its worker when it goes
+            self._link = Link(name)
+            weakref.finalize(self, self._link.abandon).atexit = False
         self._bases: set[int] = set()
         self._claiming: dict[int, int] = {}
         self._info = DeviceInfo(
@@ -85,7 +87,6 @@ class ProcessDevice:
             backings=frozenset(("memfd", "descriptor")),
             details={"pid": self._link.pid, "memory": memory},
         )
-        weakref.finalize(self, self._link.abandon).atexit = False
 
     @property
     def pid(self) -> int:

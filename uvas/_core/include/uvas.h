@@ -330,7 +330,7 @@ struct uvas_arena_options {
 struct uvas_arena_stats {
     uint64_t live_blocks; /* now */
     uint64_t live_bytes;  /* of those blocks, as rounded up to sizes of slabs and pages */
-    uint64_t total_blocks; /* ever allocated */
+    uint64_t total_blocks; /* ever allocated, those included that a failed uvas_alloc_many gave back */
     uint64_t total_bytes;
     uint64_t used_bytes; /* pages of slabs and of large blocks: what `limit` bounds */
     uint64_t peak_bytes; /* the most that used_bytes has been (see uvas_arena_peak) */

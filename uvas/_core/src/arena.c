@@ -140,6 +140,7 @@ static void reset(struct uvas_arena *arena) {
     arena->heaps = NULL;
     memset(&arena->orphans, 0, sizeof arena->orphans);
     memset(&arena->holes, 0, sizeof arena->holes);
+    arena->stuck = NULL;
     atomic_store_explicit(&arena->region_count, 0, memory_order_relaxed);
     for (uint32_t i = 0; i < UVAS_REGIONS_MAX; i++) {
         atomic_store_explicit(&arena->regions[i], NULL, memory_order_relaxed);
@@ -335,6 +336,7 @@ int uvas_arena_trim(uvas_id id, uint64_t *bytes) {
     if (!arena) {
         return -ESTALE;
     }
+    uvas_pages_unguard(arena);
     uvas_pages_collect(arena);
     uint64_t given = uvas_pages_trim(arena, UINT64_MAX, SIZE_MAX) + uvas_pages_empty(arena);
     if (bytes) {

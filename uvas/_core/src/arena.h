@@ -236,6 +236,7 @@ struct uvas_arena {
     struct uvas_heap *heaps; /* of threads; under door */
     struct uvas_heap orphans; /* nobody's slabs: of threads that have ended. Under lock, but for pending */
     struct uvas_holes holes;
+    struct uvas_run *stuck; /* freed, KEPT, linked by `next`: the kernel would not take their guards away. Under lock */
     _Atomic(struct uvas_region *) regions[UVAS_REGIONS_MAX]; /* appended under lock, read by anyone */
     _Atomic uint32_t region_count;
     bool growing; /* one thread takes a reservation; under lock */
@@ -277,6 +278,7 @@ uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most);
 uint64_t uvas_pages_empty(struct uvas_arena *arena); /* the pages of all holes, whose spans stay committed; likewise. O(runs) */
 bool uvas_pages_idle(const struct uvas_arena *arena); /* some hole has been idle for long. Under lock */
 uint64_t uvas_pages_now(void); /* ns, of a coarse clock */
+void uvas_pages_unguard(struct uvas_arena *arena); /* tries again to take guards away that stuck. Outside */
 void uvas_pages_collect(struct uvas_arena *arena); /* all that threads keep is the arena's again. Outside; shuts the doors */
 /* The next committed stretch of a region from *at on (0: from its start): [*at, *until). By anyone. */
 bool uvas_pages_next_committed(struct uvas_arena *arena, const struct uvas_region *region, uintptr_t *at, uintptr_t *until);

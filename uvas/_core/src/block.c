@@ -559,14 +559,19 @@ QUICK int free_inside(struct uvas_heap *heap, uintptr_t address, struct uvas_run
 static int free_guarded(struct uvas_arena *arena, struct uvas_run *run) {
     size_t guard = atomic_load_explicit(&run->guard, memory_order_relaxed);
     int rc = uvas_vm_unguard(uvas_run_base(run) + uvas_run_bytes(run) - guard, guard);
-    if (rc < 0) {
-        rc = uvas_fail_system(uvas_run_base(run), uvas_run_bytes(run), "madvise(MADV_GUARD_REMOVE)", rc);
-        atomic_store_explicit(&run->state, UVAS_RUN_LARGE, memory_order_release); /* as it was */
-        return rc;
-    }
     (void)pthread_mutex_lock(&arena->lock);
-    (void)uvas_pages_give(arena, run, NULL);
+    bool others = rc == 0 && arena->stuck;
+    if (rc == 0) {
+        (void)uvas_pages_give(arena, run, NULL);
+    } else { /* free all the same: the pages wait for a kernel that takes it */
+        run->next = arena->stuck;
+        arena->stuck = run;
+        atomic_store_explicit(&run->state, UVAS_RUN_KEPT, memory_order_release);
+    }
     (void)pthread_mutex_unlock(&arena->lock);
+    if (others) {
+        uvas_pages_unguard(arena);
+    }
     return 0;
 }
 
@@ -687,11 +692,18 @@ int uvas_realloc(uvas_id id, uintptr_t address, size_t size, uintptr_t *out) {
     }
     bool small = uvas_run_state(run) == UVAS_RUN_SLAB, guarded = atomic_load_explicit(&run->guard, memory_order_relaxed) != 0;
     bool stays = small ? size <= bytes && size > bytes / 2 : whole_pages(size) == bytes;
-    if (!stays && !small && !guarded && size > UVAS_SMALL_MAX) {
+    bool grows = !stays && !small && !guarded && size > UVAS_SMALL_MAX;
+    if (grows) {
         stays = uvas_pages_resize(arena, run, whole_pages(size)) == 0;
     }
     if (!stays) {
-        return move(arena, id, address, bytes, size, out);
+        int rc = move(arena, id, address, bytes, size, out);
+        if (rc == 0 || !grows || (rc != -ENOMEM && rc != -ENOSPC)) {
+            return rc;
+        }
+        if (uvas_pages_resize(arena, run, whole_pages(size)) < 0) { /* what threads kept was called in: it may have been behind the block, or in the limit */
+            return rc;
+        }
     }
     *out = address;
     return 0;

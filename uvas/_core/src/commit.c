@@ -249,8 +249,7 @@ static struct uvas_file *backing_file(struct uvas_record *record) {
     if (rc < 0) {
         uvas_vm_close(fd);
         bool descriptors = rc == -EMFILE || rc == -ENFILE;
-        (void)(descriptors ? uvas_fail_limit(record->base, record->size, rc == -EMFILE ? "RLIMIT_NOFILE" : "fs.file-max", 0,
-                                             "close descriptors or raise the limit (ulimit -n)")
+        (void)(descriptors ? uvas_limits_descriptors(record->base, record->size, rc)
                            : uvas_fail_system(record->base, record->size, "memfd_create", rc));
         return NULL;
     }
@@ -733,7 +732,7 @@ static struct uvas_file *adopt_descriptor(int fd, int *rc) {
     *rc = own < 0 ? own : uvas_vm_identify(own, &id);
     if (*rc < 0) {
         uvas_vm_close(own);
-        *rc = *rc == -EMFILE ? uvas_fail_limit(0, 0, "RLIMIT_NOFILE", 0, "close descriptors or raise the limit (ulimit -n)")
+        *rc = *rc == -EMFILE ? uvas_limits_descriptors(0, 0, *rc)
                              : uvas_fail_system(0, 0, "dup", *rc);
         return NULL;
     }

@@ -105,6 +105,9 @@ int uvas_fail_limit(uintptr_t base, size_t size, const char *limit, uint64_t val
     failure->value = value;
     (void)snprintf(failure->what, sizeof failure->what, "%s", limit);
     (void)snprintf(failure->remedy, sizeof failure->remedy, "%s", remedy);
+    if (size == 0) {
+        return uvas_fail_say(failure, "%s of %llu is reached: %s", limit, (unsigned long long)value, remedy);
+    }
     return uvas_fail_say(failure, "%s of %llu is reached at [0x%lx, 0x%lx): %s", limit, (unsigned long long)value, base, base + size, remedy);
 }
 

@@ -52,6 +52,14 @@ bool uvas_leases_overlap(const struct uvas_record *record, size_t start, size_t 
 }
 
 /* Under the lock, which it drops while a change of the range is at work. 0 or what is said. */
+static bool holds_memory(const struct uvas_pieces *pieces) {
+    size_t i = 0;
+    while (i < pieces->count && pieces->list[i].guarded) { /* decommitted without a mapping to spare: the next commit takes the guards away */
+        i++;
+    }
+    return i < pieces->count;
+}
+
 static int lease_on(uvas_id id, size_t offset, size_t size, struct uvas_lease *lease, struct uvas_region *region) {
     struct uvas_record *record;
     struct uvas_change *change;
@@ -70,7 +78,7 @@ static int lease_on(uvas_id id, size_t offset, size_t size, struct uvas_lease *l
             uvas_registry_wait();
         }
     } while (change);
-    if (region && (record->leases || record->pieces.count)) {
+    if (region && (record->leases || holds_memory(&record->pieces))) {
         return uvas_fail_say(uvas_fail(UVAS_FAILURE_BUSY, -EBUSY), "the reservation at 0x%lx is in use: an arena wants one for itself", record->base);
     }
     if (region) {

@@ -50,3 +50,10 @@ int uvas_limits_explain(uintptr_t base, size_t size) {
     }
     return uvas_fail_memory(base, size, "the host");
 }
+
+int uvas_limits_descriptors(uintptr_t base, size_t size, int rc) {
+    if (rc == -EMFILE) {
+        return uvas_fail_limit(base, size, "RLIMIT_NOFILE", uvas_vm_limit(RLIMIT_NOFILE), "close descriptors or raise the limit (ulimit -n)");
+    }
+    return uvas_fail_limit(base, size, "fs.file-max", number_in("/proc/sys/fs/file-max", ""), "close files, or raise it (sysctl fs.file-max)");
+}

@@ -9,4 +9,7 @@
  * the host has no memory (-ENOMEM). Reads files of /proc: for failures only. */
 int uvas_limits_explain(uintptr_t base, size_t size);
 
+/* -EMFILE or -ENFILE was answered, for [base, base + size) or, with size 0, for nothing in particular. Says which limit that is (-EDQUOT). */
+int uvas_limits_descriptors(uintptr_t base, size_t size, int rc);
+
 #endif

@@ -262,11 +262,11 @@ static int say_full(const struct uvas_request *request, bool limit) {
     struct uvas_failure *failure = limit ? uvas_fail(UVAS_FAILURE_MEMORY, -ENOMEM) : uvas_fail(UVAS_FAILURE_EXHAUSTED, -ENOSPC);
     failure->size = request->asked;
     failure->value = limit ? arena->limit : arena->reserved_bytes;
-    failure->other_size = hole;
+    failure->other_size = limit ? hole : 0; /* of exhaustion it is the window, and there was none */
     (void)snprintf(failure->what, sizeof failure->what, "arena %.50s", arena->name);
     (void)snprintf(failure->remedy, sizeof failure->remedy, "%s",
                    limit ? "free blocks, or give the arena a larger limit" : "free blocks, or make the arena over a space, where it can grow");
-    return uvas_fail_say(failure, "arena %s has no room for %zu bytes: %zu are in use of %s %zu, the largest hole has %zu", arena->name, request->asked,
+    return uvas_fail_say(failure, "arena \"%s\" has no room for %zu bytes: %zu are in use of %s %zu, the largest hole has %zu", arena->name, request->asked,
                          used, limit ? "a limit of" : "its", (size_t)failure->value, hole);
 }
 
@@ -409,6 +409,7 @@ int uvas_pages_take(const struct uvas_request *request, struct uvas_run **run, b
         }
         if (!collected) {
             collected = true;
+            uvas_pages_unguard(arena);
             uvas_pages_collect(arena);
             continue;
         }
@@ -494,14 +495,31 @@ int uvas_pages_resize(struct uvas_arena *arena, struct uvas_run *run, size_t byt
 
 /* ---- giving memory back -------------------------------------------------------------------------------------------------------------------------------- */
 
+/* The spans [*first, *end) that lie in a run as a whole. */
+static void whole_spans(const struct uvas_run *run, size_t *first, size_t *end) {
+    const struct uvas_region *region = run->region;
+    uintptr_t base = uvas_run_base(run), limit = base + uvas_run_bytes(run), start = atomic_load_explicit(&region->base, memory_order_relaxed);
+    bool last = limit == start + atomic_load_explicit(&region->bytes, memory_order_relaxed);
+    *first = uvas_span_index(region, base == start ? base : round_up(base, UVAS_SPAN));
+    *end = uvas_span_index(region, limit - 1) + (last || limit % UVAS_SPAN == 0);
+}
+
+/* Whether one of them has memory. Under the lock. */
+static bool backed(const struct uvas_run *run) {
+    size_t at, end;
+    whole_spans(run, &at, &end);
+    while (at < end && run->region->spans[at] != UVAS_SPAN_COMMITTED) {
+        at++;
+    }
+    return at < end;
+}
+
 /* Gives back the memory of whole spans in a BUSY run that was a hole. Under the lock, which it drops. */
 static uint64_t unback(struct uvas_arena *arena, const struct uvas_run *run) {
     struct uvas_region *region = run->region;
-    uintptr_t base = uvas_run_base(run), limit = base + uvas_run_bytes(run), start = atomic_load_explicit(&region->base, memory_order_relaxed);
-    bool last = limit == start + atomic_load_explicit(&region->bytes, memory_order_relaxed);
-    size_t at = uvas_span_index(region, base == start ? base : round_up(base, UVAS_SPAN));
-    size_t end = uvas_span_index(region, limit - 1) + (last || limit % UVAS_SPAN == 0);
+    size_t at, end;
     uint64_t given = 0;
+    whole_spans(run, &at, &end);
     for (; at < end; at++) {
         size_t until = stretch(region, at, end, UVAS_SPAN_COMMITTED);
         if (until == at) {
@@ -525,10 +543,14 @@ static uint64_t unback(struct uvas_arena *arena, const struct uvas_run *run) {
     return given;
 }
 
-/* A hole that was BUSY is one again, with nothing left in it that could be given back. */
-static void settle(struct uvas_arena *arena, struct uvas_run *run) {
+/* A hole that was BUSY is one again. Idle since `since` if it has memory: the kernel would not take it, or it came with a neighbour meanwhile. */
+static void settle(struct uvas_arena *arena, struct uvas_run *run, uint64_t since) {
     join(arena, run, run->region, uvas_run_base(run), uvas_run_bytes(run));
-    uvas_holes_drop_idle(&arena->holes, run);
+    if (backed(run)) {
+        uvas_holes_note_idle(&arena->holes, run, since);
+    } else {
+        uvas_holes_drop_idle(&arena->holes, run);
+    }
 }
 
 /* Whoever gives memory back may come when the last block has gone and somebody closes the arena. Takes the lock; false: it is closed. */
@@ -549,17 +571,41 @@ static void end_giving(struct uvas_arena *arena) {
     (void)pthread_mutex_unlock(&arena->lock);
 }
 
+void uvas_pages_unguard(struct uvas_arena *arena) {
+    if (!begin_giving(arena)) {
+        return;
+    }
+    struct uvas_run *run = arena->stuck, *next;
+    arena->stuck = NULL;
+    for (; run; run = next) {
+        next = run->next;
+        size_t guard = atomic_load_explicit(&run->guard, memory_order_relaxed);
+        (void)pthread_mutex_unlock(&arena->lock);
+        int rc = uvas_vm_unguard(uvas_run_base(run) + uvas_run_bytes(run) - guard, guard);
+        (void)pthread_mutex_lock(&arena->lock);
+        if (rc == 0) {
+            (void)uvas_pages_give(arena, run, NULL);
+        } else {
+            run->next = arena->stuck;
+            arena->stuck = run;
+        }
+    }
+    end_giving(arena);
+}
+
 uint64_t uvas_pages_trim(struct uvas_arena *arena, uint64_t until, size_t most) {
     uint64_t given = 0;
     if (!begin_giving(arena)) {
         return 0;
     }
     struct uvas_run *run;
+    uint64_t now = uvas_pages_now();
+    until = until < now ? until : now; /* what cannot be given back is tried once */
     while (most-- > 0 && (run = arena->holes.idle_first) && run->idle_since <= until) {
         uvas_holes_remove(&arena->holes, run);
         set_state(run, UVAS_RUN_BUSY);
         given += unback(arena, run);
-        settle(arena, run);
+        settle(arena, run, now + 1);
     }
     end_giving(arena);
     return given;
@@ -599,11 +645,12 @@ uint64_t uvas_pages_empty(struct uvas_arena *arena) {
             struct uvas_run *run = uvas_region_find(region, at);
             at = uvas_run_base(run) + uvas_run_bytes(run);
             bool touched = uvas_run_state(run) == UVAS_RUN_HOLE && (uvas_region_touched(region, uvas_run_base(run), at, &until) || until < at);
-            if (touched) {
+            if (touched || (uvas_run_state(run) == UVAS_RUN_HOLE && backed(run))) {
                 uvas_holes_remove(&arena->holes, run);
                 set_state(run, UVAS_RUN_BUSY);
+                given += unback(arena, run);
                 given += empty(arena, run);
-                settle(arena, run);
+                settle(arena, run, uvas_pages_now());
                 at = uvas_run_base(run) + uvas_run_bytes(run); /* what was freed beside it meanwhile is in it now, and no boundary any more */
             }
         }
@@ -687,7 +734,7 @@ int uvas_pages_drop_region(struct uvas_arena *arena, struct uvas_region *region)
     int rc = 0;
     atomic_store_explicit(&region->arena_id, 0, memory_order_release);
     if (!(arena->flags & UVAS_ARENA_BARE) && !region->ours) {
-        rc = uvas_decommit_leased(region->reservation, base - region->reservation_base, bytes);
+        (void)uvas_decommit_leased(region->reservation, base - region->reservation_base, bytes); /* or it goes with the caller's reservation */
     }
     uvas_unlease_region(region->reservation, region->lease);
     if (region->ours) {
@@ -695,10 +742,12 @@ int uvas_pages_drop_region(struct uvas_arena *arena, struct uvas_region *region)
         rc = released < 0 ? released : rc;
     }
     uvas_vm_close(region->huge);
-    struct uvas_run *hole = uvas_region_find(region, base);
-    if (hole && uvas_run_state(hole) == UVAS_RUN_HOLE) { /* of a closing arena, all of it */
-        atomic_store_explicit(&hole->state, UVAS_RUN_NONE, memory_order_release);
-        uvas_metadata_give(UVAS_METADATA_RUN, hole);
+    for (uintptr_t at = base; at - base < bytes;) { /* of a closing arena one hole, or some and what stuck between them */
+        struct uvas_run *run = uvas_region_find(region, at);
+        assert(run && uvas_run_state(run) != UVAS_RUN_LARGE && uvas_run_state(run) != UVAS_RUN_SLAB);
+        at += uvas_run_bytes(run);
+        atomic_store_explicit(&run->state, UVAS_RUN_NONE, memory_order_release);
+        uvas_metadata_give(UVAS_METADATA_RUN, run);
     }
     uvas_region_give(region);
     return rc;

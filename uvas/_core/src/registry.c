@@ -21,42 +21,23 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "nodes.h"
 #include "vm.h"
 
-#define LEAF_ENTRIES 32u
-#define INNER_CHILDREN 32u /* 16 to 64 were tried: 32 was the quickest from 100 to a million ranges */
+#define LEAF_ENTRIES UVAS_LEAF_ENTRIES
+#define LEAF_KEYS UVAS_LEAF_KEYS
+#define INNER_CHILDREN UVAS_INNER_CHILDREN
 #define BLOCK 8u /* keys that are compared side by side: a cache line */
 #define DEPTH_MAX 12u /* 16 million ranges in leaves and inner nodes a quarter full need 6 */
-#define LAST UINTPTR_MAX
+#define LAST UVAS_NO_KEY
+#define ANYWHERE ((uintptr_t)1 << 62) /* no address of ours is as high */
 /* Put by before an insert: what it and a following remove can take, and a window's worth, so that nodes rest before they are reused. */
 #define NODES_PUT_BY (UVAS_REGISTRY_WINDOW + 4 * DEPTH_MAX)
 #define CHUNK_NODES 128u
+#define CACHE_LINE ((size_t)UVAS_CACHE_LINE)
+#define RESHAPED_PART 16u /* the guide is laid anew when that part of the leaves have been split or joined: for each, so many times its slots are written */
 /* A lookup is short, and its callers pass constants: the compiler is to see through it. */
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
-
-enum kind { LEAF = 1, INNER = 2 };
-
-/* Written once, plainly, when the node is carved from its chunk; readers read it plainly: if a pointer were published or followed without ordering,
- * ThreadSanitizer would see it here. `next` and `stamp` are the writer's, under the lock. */
-struct node {
-    uint32_t kind;
-    uint64_t stamp;    /* the clock when it was retired */
-    struct node *next; /* retired after this one */
-};
-
-/* All words below: written under the lock (relaxed), before the node is published or after its rest; read by anyone (relaxed). */
-struct leaf {
-    struct node node;
-    uintptr_t end[LEAF_ENTRIES]; /* ascending, then LAST */
-    uintptr_t base[LEAF_ENTRIES];
-    uint64_t value[LEAF_ENTRIES]; /* also replaced in place, under the lock (release) */
-};
-
-struct inner {
-    struct node node;
-    uintptr_t key[INNER_CHILDREN];       /* ascending; the last child's and the unused are LAST */
-    struct node *child[INNER_CHILDREN]; /* swung in place under the lock (release); read by anyone (acquire); unused: NULL */
-};
 
 struct pool { /* under the lock, all of it */
     uint32_t kind;
@@ -66,22 +47,28 @@ struct pool { /* under the lock, all of it */
     struct chunk *chunks;     /* all, newest first */
     struct chunk *spare;      /* not carved yet */
     struct chunk *again;      /* in a forked child: this one and those behind it are carved again */
-    struct node *first, *last; /* retired, oldest first */
+    struct uvas_node *first, *last; /* retired, oldest first */
     size_t retired, taken, bytes;
 };
 
 struct chunk {
-    struct chunk *next, *next_spare;
+    _Alignas(CACHE_LINE) struct chunk *next; /* nodes begin where cache lines do */
+    struct chunk *next_spare;
     size_t nodes;
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
-static struct node *root;      /* as a child pointer */
-static uint64_t publications;  /* the clock: written under the lock (release), read by anyone */
+struct uvas_book uvas_book = {.root = UVAS_NO_LEAF};
+uintptr_t uvas_guide_nothing = UVAS_NO_LEAF;
 static size_t ranges;          /* under the lock */
-static struct pool leaves = {.kind = LEAF, .node_bytes = sizeof(struct leaf)};
-static struct pool inners = {.kind = INNER, .node_bytes = sizeof(struct inner)};
+static struct pool leaves = {.kind = UVAS_LEAF, .node_bytes = sizeof(struct uvas_leaf)};
+static struct pool inners = {.kind = UVAS_INNER, .node_bytes = sizeof(struct uvas_inner)};
+static struct uvas_guide *guide;       /* NULL: none yet; under the lock, as what follows */
+static struct uvas_guide *guides_kept;
+static size_t guide_bytes;             /* of all guides ever made */
+static size_t reshaped, reshaped_enough; /* leaves split, joined and gone since the guide was laid, and how many call for another */
+static uint64_t torn_first = UINT64_MAX, torn_last; /* slots to set anew at the end of this change; none: first > last */
 
 void uvas_registry_lock(void) {
     (void)pthread_mutex_lock(&lock);
@@ -109,33 +96,34 @@ static inline void put(uint64_t *word, uint64_t value) {
     __atomic_store_n(word, value, __ATOMIC_RELAXED);
 }
 
-static inline struct node *follow(struct node *const *pointer) {
-    return __atomic_load_n(pointer, __ATOMIC_ACQUIRE);
+static inline struct uvas_node *follow(const uvas_link *link) {
+    return (struct uvas_node *)(__atomic_load_n(link, __ATOMIC_ACQUIRE) & ~UVAS_NO_LEAF);
 }
 
-static inline void publish(struct node **pointer, struct node *node) {
-    __atomic_store_n(pointer, node, __ATOMIC_RELEASE);
+static inline void publish(uvas_link *link, struct uvas_node *node) {
+    uint64_t shift = node && node->kind == UVAS_LEAF ? ((const struct uvas_leaf *)node)->shift : UVAS_NO_LEAF;
+    __atomic_store_n(link, (uintptr_t)node | shift, __ATOMIC_RELEASE);
 }
 
-static inline struct leaf *as_leaf(struct node *node) {
-    return (struct leaf *)node;
+static inline struct uvas_leaf *as_leaf(struct uvas_node *node) {
+    return (struct uvas_leaf *)node;
 }
 
-static inline struct inner *as_inner(struct node *node) {
-    return (struct inner *)node;
+static inline struct uvas_inner *as_inner(struct uvas_node *node) {
+    return (struct uvas_inner *)node;
 }
 
 /* How many of the ascending keys are <= address: first which block of eight, then where in it. No branch depends on what is read, and the comparisons
  * of a block do not wait for each other. */
-ALWAYS_INLINE size_t rank(const uint64_t *keys, size_t blocks, uintptr_t address) {
+ALWAYS_INLINE size_t rank(const uint64_t *keys, size_t stride, size_t blocks, uintptr_t address) {
     size_t block = 0, within = 0;
     for (size_t i = 1; i < blocks; i++) {
-        block += get(&keys[i * BLOCK - 1]) <= address;
+        block += get(&keys[(i * BLOCK - 1) * stride]) <= address;
     }
-    keys += block * BLOCK;
+    keys += block * BLOCK * stride;
 #pragma GCC unroll 8
     for (size_t i = 0; i < BLOCK; i++) {
-        within += get(&keys[i]) <= address;
+        within += get(&keys[i * stride]) <= address;
     }
     return block * BLOCK + within;
 }
@@ -158,14 +146,14 @@ static void carve_next_chunk(struct pool *pool) {
     pool->fresh_nodes = chunk->nodes;
 }
 
-static struct node *take(struct pool *pool) {
-    bool rested = pool->first && publications - pool->first->stamp >= UVAS_REGISTRY_WINDOW;
+static struct uvas_node *take(struct pool *pool) {
+    bool rested = pool->first && uvas_book.publications - pool->first->stamp >= UVAS_REGISTRY_WINDOW;
     if (!rested && pool->fresh_nodes == 0 && (pool->spare || pool->again)) {
         carve_next_chunk(pool);
     }
     pool->taken++;
     if (!rested && pool->fresh_nodes > 0) {
-        struct node *node = (struct node *)(void *)pool->fresh;
+        struct uvas_node *node = (struct uvas_node *)(void *)pool->fresh;
         pool->fresh += pool->node_bytes;
         pool->fresh_nodes--;
         if (node->kind == 0) { /* never written again, not even when a forked child carves the chunk anew */
@@ -173,23 +161,23 @@ static struct node *take(struct pool *pool) {
         }
         return node;
     }
-    struct node *node = pool->first;
+    struct uvas_node *node = pool->first;
     assert(node && "uvas_registry_lock_for_insert puts nodes by");
     pool->first = node->next;
     pool->last = node->next ? pool->last : NULL;
     pool->retired--;
-    if (publications - node->stamp < UVAS_REGISTRY_WINDOW) { /* in need: readers at work start over */
-        __atomic_store_n(&publications, node->stamp + UVAS_REGISTRY_WINDOW, __ATOMIC_RELEASE);
+    if (uvas_book.publications - node->stamp < UVAS_REGISTRY_WINDOW) { /* in need: readers at work start over */
+        __atomic_store_n(&uvas_book.publications, node->stamp + UVAS_REGISTRY_WINDOW, __ATOMIC_RELEASE);
     }
     __atomic_thread_fence(__ATOMIC_RELEASE);
     return node;
 }
 
 /* The node has just been unlinked. */
-static void retire(struct pool *pool, struct node *node) {
-    node->stamp = publications + 1;
+static void retire(struct pool *pool, struct uvas_node *node) {
+    node->stamp = uvas_book.publications + 1;
     node->next = NULL;
-    __atomic_store_n(&publications, node->stamp, __ATOMIC_RELEASE);
+    __atomic_store_n(&uvas_book.publications, node->stamp, __ATOMIC_RELEASE);
     if (pool->last) {
         pool->last->next = node;
     } else {
@@ -200,8 +188,8 @@ static void retire(struct pool *pool, struct node *node) {
     pool->taken--;
 }
 
-static struct pool *pool_of(const struct node *node) {
-    return node->kind == LEAF ? &leaves : &inners;
+static struct pool *pool_of(const struct uvas_node *node) {
+    return node->kind == UVAS_LEAF ? &leaves : &inners;
 }
 
 static void add_chunk(struct pool *pool, char *memory, size_t bytes) {
@@ -214,44 +202,38 @@ static void add_chunk(struct pool *pool, char *memory, size_t bytes) {
 /* Drops the lock to allocate; true: with the lock. */
 static bool put_by(struct pool *pool) {
     size_t bytes = sizeof(struct chunk) + CHUNK_NODES * pool->node_bytes;
+    bool many = pool->bytes >= UVAS_VM_HUGE_PAGE; /* enough for the pages themselves to cost misses */
+    bytes = many ? UVAS_VM_HUGE_PAGE : bytes;
     uvas_registry_unlock();
-    char *memory = uvas_vm_pages(bytes);
-    memory = memory ? memory : calloc(1, bytes); /* at max_map_count the heap may have what the kernel has not */
-    if (!memory) {
-        return false;
+    char *memory = many ? uvas_vm_huge_pages(bytes) : uvas_vm_pages(bytes);
+    if (!memory) { /* at max_map_count the heap may have what the kernel has not */
+        bytes = (bytes + CACHE_LINE - 1) & ~(CACHE_LINE - 1);
+        memory = aligned_alloc(CACHE_LINE, bytes);
+        if (!memory) {
+            return false;
+        }
+        memset(memory, 0, bytes);
     }
     uvas_registry_lock();
     add_chunk(pool, memory, bytes);
     return true;
 }
 
-int uvas_registry_lock_for_insert(void) {
-    uvas_registry_lock();
-    for (;;) {
-        struct pool *lacking = !has_put_by(&leaves) ? &leaves : !has_put_by(&inners) ? &inners : NULL;
-        if (!lacking) {
-            return 0;
-        }
-        if (!put_by(lacking)) {
-            return -ENOMEM;
-        }
-    }
+ALWAYS_INLINE size_t inner_rank(const struct uvas_inner *inner, uintptr_t address) {
+    return rank(inner->key, 1, INNER_CHILDREN / BLOCK, address);
 }
 
-ALWAYS_INLINE size_t inner_rank(const struct inner *inner, uintptr_t address) {
-    return rank(inner->key, INNER_CHILDREN / BLOCK, address);
-}
-
-ALWAYS_INLINE size_t leaf_rank(const struct leaf *leaf, uintptr_t address) {
-    return rank(leaf->end, LEAF_ENTRIES / BLOCK, address);
+ALWAYS_INLINE size_t leaf_rank(const struct uvas_leaf *leaf, uintptr_t address) {
+    return rank((const uint64_t *)leaf->entry + offsetof(struct uvas_entry, end) / sizeof(uint64_t), sizeof(struct uvas_entry) / sizeof(uint64_t),
+                LEAF_KEYS / BLOCK, address);
 }
 
 /* ---- lookups: no lock, no stores ------------------------------------------------------------------------------------------------------------------ */
 
 /* The first node of the lowest level under `node`: its leftmost or rightmost leaf; NULL for a doomed reader. */
-static struct leaf *edge_leaf(struct node *node, bool rightmost) {
+static struct uvas_leaf *edge_leaf(struct uvas_node *node, bool rightmost) {
     for (uint32_t depth = 0; node && depth < DEPTH_MAX; depth++) {
-        if (node->kind == LEAF) {
+        if (node->kind == UVAS_LEAF) {
             return as_leaf(node);
         }
         size_t i = rightmost ? inner_rank(as_inner(node), LAST - 1) : 0;
@@ -261,35 +243,35 @@ static struct leaf *edge_leaf(struct node *node, bool rightmost) {
 }
 
 struct path { /* where a descent went */
-    struct leaf *leaf;
-    struct node *left, *right; /* the subtrees next to it, or NULL */
+    struct uvas_leaf *leaf;
+    struct uvas_node *left, *right; /* the subtrees next to it, or NULL */
 };
 
 ALWAYS_INLINE struct path descend(uintptr_t address) {
     struct path path = {NULL, NULL, NULL};
-    struct node *node = follow(&root);
+    struct uvas_node *node = follow(&uvas_book.root);
     for (uint32_t depth = 0; node && depth < DEPTH_MAX; depth++) {
-        if (node->kind == LEAF) {
+        if (node->kind == UVAS_LEAF) {
             path.leaf = as_leaf(node);
             break;
         }
-        struct inner *inner = as_inner(node);
+        struct uvas_inner *inner = as_inner(node);
         size_t i = inner_rank(inner, address);
         if (i >= INNER_CHILDREN) { /* a node that is being rewritten */
             break;
         }
         path.left = i > 0 ? follow(&inner->child[i - 1]) : path.left;
-        struct node *right = i + 1 < INNER_CHILDREN ? follow(&inner->child[i + 1]) : NULL;
+        struct uvas_node *right = i + 1 < INNER_CHILDREN ? follow(&inner->child[i + 1]) : NULL;
         path.right = right ? right : path.right;
         node = follow(&inner->child[i]);
     }
     return path;
 }
 
-static inline void copy_out(const struct leaf *leaf, size_t i, struct uvas_entry *out) {
-    out->end = get(&leaf->end[i]);
-    out->base = get(&leaf->base[i]);
-    out->value = __atomic_load_n(&leaf->value[i], __ATOMIC_ACQUIRE);
+static inline void copy_out(const struct uvas_leaf *leaf, size_t i, struct uvas_entry *out) {
+    out->end = get(&leaf->entry[i].end);
+    out->base = get(&leaf->entry[i].base);
+    out->value = __atomic_load_n(&leaf->entry[i].value, __ATOMIC_ACQUIRE);
 }
 
 /* The lowest entry that ends above the address. */
@@ -299,11 +281,11 @@ ALWAYS_INLINE bool above(uintptr_t address, struct uvas_entry *out) {
         return false;
     }
     size_t i = leaf_rank(path.leaf, address);
-    if (i < LEAF_ENTRIES && get(&path.leaf->end[i]) != LAST) {
+    if (i < LEAF_ENTRIES && get(&path.leaf->entry[i].end) != LAST) {
         copy_out(path.leaf, i, out);
         return true;
     }
-    struct leaf *next = path.right ? edge_leaf(path.right, false) : NULL; /* its fence lies above, its ranges do not */
+    struct uvas_leaf *next = path.right ? edge_leaf(path.right, false) : NULL; /* its fence lies above, its ranges do not */
     if (next) {
         copy_out(next, 0, out);
     }
@@ -317,18 +299,18 @@ static bool before(uintptr_t address, struct uvas_entry *out) {
         return false;
     }
     size_t i = leaf_rank(path.leaf, address);
-    if (i < LEAF_ENTRIES && get(&path.leaf->end[i]) != LAST && get(&path.leaf->base[i]) < address) {
+    if (i < LEAF_ENTRIES && get(&path.leaf->entry[i].end) != LAST && get(&path.leaf->entry[i].base) < address) {
         copy_out(path.leaf, i, out);
         return true;
     }
-    if (i == LEAF_ENTRIES || get(&path.leaf->end[i]) == LAST) { /* the one that covers it may be the next leaf's first */
-        struct leaf *next = path.right ? edge_leaf(path.right, false) : NULL;
-        if (next && get(&next->base[0]) < address) {
+    if (i == LEAF_ENTRIES || get(&path.leaf->entry[i].end) == LAST) { /* the one that covers it may be the next leaf's first */
+        struct uvas_leaf *next = path.right ? edge_leaf(path.right, false) : NULL;
+        if (next && get(&next->entry[0].base) < address) {
             copy_out(next, 0, out);
             return true;
         }
     }
-    struct leaf *leaf = i > 0 ? path.leaf : path.left ? edge_leaf(path.left, true) : NULL;
+    struct uvas_leaf *leaf = i > 0 ? path.leaf : path.left ? edge_leaf(path.left, true) : NULL;
     if (leaf) {
         i = leaf == path.leaf ? i : leaf_rank(leaf, LAST - 1);
         copy_out(leaf, i > 0 ? i - 1 : 0, out);
@@ -339,11 +321,11 @@ static bool before(uintptr_t address, struct uvas_entry *out) {
 /* Looks until nothing that was read can have been rewritten meanwhile. */
 ALWAYS_INLINE int settled(bool (*look)(uintptr_t, struct uvas_entry *), uintptr_t address, struct uvas_entry *out) {
     for (;;) {
-        uint64_t started = __atomic_load_n(&publications, __ATOMIC_ACQUIRE);
+        uint64_t started = __atomic_load_n(&uvas_book.publications, __ATOMIC_ACQUIRE);
         struct uvas_entry seen;
         bool found = look(address, &seen);
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
-        if (__builtin_expect(get(&publications) - started < UVAS_REGISTRY_WINDOW, 1)) {
+        if (__builtin_expect(get(&uvas_book.publications) - started < UVAS_REGISTRY_WINDOW, 1)) {
             if (found) {
                 *out = seen;
             }
@@ -361,10 +343,10 @@ int uvas_registry_previous(uintptr_t address, struct uvas_entry *out) {
 }
 
 /* The leaf whose fences hold the address, and nothing else that `descend` learns. */
-ALWAYS_INLINE struct leaf *leaf_of(uintptr_t address) {
-    struct node *node = follow(&root);
+ALWAYS_INLINE struct uvas_leaf *leaf_of(uintptr_t address) {
+    struct uvas_node *node = follow(&uvas_book.root);
     for (uint32_t depth = 0; node && depth < DEPTH_MAX; depth++) {
-        if (node->kind == LEAF) {
+        if (node->kind == UVAS_LEAF) {
             return as_leaf(node);
         }
         size_t i = inner_rank(as_inner(node), address);
@@ -375,9 +357,9 @@ ALWAYS_INLINE struct leaf *leaf_of(uintptr_t address) {
 
 /* As `above`, but most addresses end in the first leaf, and then no neighbour has to be known. */
 ALWAYS_INLINE bool holder(uintptr_t address, struct uvas_entry *out) {
-    struct leaf *leaf = leaf_of(address);
+    struct uvas_leaf *leaf = leaf_of(address);
     size_t i = leaf ? leaf_rank(leaf, address) : LEAF_ENTRIES;
-    if (i < LEAF_ENTRIES && get(&leaf->end[i]) != LAST) {
+    if (i < LEAF_ENTRIES && get(&leaf->entry[i].end) != LAST) {
         copy_out(leaf, i, out);
     } else if (!leaf || !above(address, out)) {
         return false;
@@ -385,76 +367,297 @@ ALWAYS_INLINE bool holder(uintptr_t address, struct uvas_entry *out) {
     return out->base <= address && !(out->value & UVAS_REGISTRY_HIDDEN);
 }
 
-int uvas_registry_find(uintptr_t address, struct uvas_entry *out) {
+static __attribute__((noinline)) int find_by_descent(uintptr_t address, struct uvas_entry *out) {
     return settled(holder, address, out);
+}
+
+/* Whether two neighbours in a leaf prove that nothing holds the address, or one that is hidden does. */
+static bool proves_nobody(uintptr_t address) {
+    const struct uvas_leaf *leaf;
+    uint64_t started = uvas_book_clock();
+    const struct uvas_entry *entry = uvas_book_guess(address, &leaf);
+    if (!entry || get(&entry->end) == LAST) {
+        return false;
+    }
+    uintptr_t base = get(&entry->base);
+    bool between = address < base && entry > leaf->entry && get(&entry[-1].end) <= address;
+    bool hidden = address - base < get(&entry->end) - base && __atomic_load_n(&entry->value, __ATOMIC_ACQUIRE) & UVAS_REGISTRY_HIDDEN;
+    return (between || hidden) && uvas_book_stood(started);
+}
+
+int uvas_registry_find(uintptr_t address, struct uvas_entry *out) {
+    struct uvas_entry seen;
+    if (uvas_book_holds(address, &seen)) {
+        *out = seen;
+        return 1;
+    }
+    return !proves_nobody(address) && find_by_descent(address, out);
+}
+
+/* ---- the guide: under the lock -------------------------------------------------------------------------------------------------------------------- */
+
+static size_t leaf_count(const struct uvas_leaf *leaf) {
+    return leaf_rank(leaf, LAST - 1);
+}
+
+static size_t inner_count(const struct uvas_inner *inner) {
+    return inner_rank(inner, LAST - 1) + 1; /* the last child's key is LAST too */
+}
+
+struct place { /* the inner node right above the leaves whose fences hold an address, or NULL: the root is a leaf or nothing */
+    struct uvas_inner *inner;
+    uintptr_t low, high; /* its fences */
+};
+
+static struct place place_of(uintptr_t address) {
+    struct place place = {NULL, 0, LAST};
+    for (struct uvas_node *node = follow(&uvas_book.root); node && node->kind == UVAS_INNER;) {
+        place.inner = as_inner(node);
+        size_t i = inner_rank(place.inner, address);
+        node = follow(&place.inner->child[i]);
+        if (node->kind == UVAS_INNER) {
+            place.low = i > 0 ? place.inner->key[i - 1] : place.low;
+            place.high = i + 1 < INNER_CHILDREN && place.inner->key[i] != LAST ? place.inner->key[i] : place.high;
+        }
+    }
+    return place;
+}
+
+/* What belongs into a slot. */
+static struct uvas_guide_slot slot_of(const struct uvas_guide *in, uint64_t slot, const struct place *place) {
+    if (!place->inner) {
+        return (struct uvas_guide_slot){0, &uvas_book.root};
+    }
+    size_t i = inner_rank(place->inner, uvas_guide_last_address(in, slot));
+    return (struct uvas_guide_slot){i > 0 ? place->inner->key[i - 1] : place->low, &place->inner->child[i]};
+}
+
+static void fill_guide(struct uvas_guide *in, uint64_t first, uint64_t last) {
+    struct place place = {NULL, 0, 0};
+    for (uint64_t slot = first; slot <= last; slot++) {
+        uintptr_t address = uvas_guide_last_address(in, slot);
+        if (slot == first || address >= place.high) {
+            place = place_of(address);
+            if (place.inner) {
+                place.inner->first_slot = (uint32_t)slot;
+            }
+        }
+        struct uvas_guide_slot is = slot_of(in, slot, &place);
+        uvas_guide_set(in, slot, is.fence, is.cell);
+        if (place.inner) {
+            place.inner->last_slot = (uint32_t)slot;
+        }
+    }
+}
+
+static bool names_cell_of(const struct uvas_guide_slot *slot, const struct uvas_inner *inner) {
+    uvas_link *cell = slot->cell;
+    return inner ? cell >= inner->child && cell < inner->child + INNER_CHILDREN : cell == &uvas_book.root;
+}
+
+/* Before an inner node above leaves is replaced; NULL: before the root stops to be a leaf. */
+static void hide_cells(const struct uvas_inner *inner) {
+    reshaped++;
+    if (!guide) {
+        return;
+    }
+    uint64_t first = inner ? inner->first_slot : 0, last = inner && inner->last_slot < guide->last ? inner->last_slot : guide->last;
+    for (uint64_t slot = first; slot <= last; slot++) {
+        if (names_cell_of(&guide->slot[slot], inner)) { /* the numbers may be from before the guide was laid anew */
+            uvas_guide_set(guide, slot, 0, &uvas_guide_nothing);
+            torn_first = slot < torn_first ? slot : torn_first;
+            torn_last = slot > torn_last ? slot : torn_last;
+        }
+    }
+}
+
+/* At the end of a change. */
+static void mend_guide(void) {
+    if (torn_first <= torn_last) {
+        fill_guide(guide, torn_first, torn_last);
+    }
+    torn_first = UINT64_MAX;
+    torn_last = 0;
+}
+
+/* The end below which so many eighths of them are, if all nodes were equally full. */
+static uintptr_t quantile(size_t eighths) {
+    size_t of = 8;
+    struct uvas_node *node = follow(&uvas_book.root);
+    for (; node->kind == UVAS_INNER; of = 8) {
+        size_t scaled = eighths * inner_count(as_inner(node));
+        node = follow(&as_inner(node)->child[scaled / of]);
+        eighths = scaled % of;
+    }
+    return as_leaf(node)->entry[eighths * leaf_count(as_leaf(node)) / of].end;
+}
+
+static void lay_guide(struct uvas_guide *in) {
+    uintptr_t low = 0, high = ANYWHERE;
+    struct uvas_node *root = follow(&uvas_book.root);
+    if (root && root->kind == UVAS_INNER) {
+        const struct uvas_leaf *last = edge_leaf(root, true);
+        low = edge_leaf(root, false)->entry[0].base;
+        high = last->entry[leaf_count(last) - 1].end;
+        uvas_guide_window(&low, &high, quantile(1), quantile(7));
+    }
+    uvas_guide_lay(in, low, high);
+    fill_guide(in, 0, in->last);
+}
+
+static struct uvas_guide *kept_guide(size_t bytes) {
+    for (struct uvas_guide **at = &guides_kept; *at; at = &(*at)->kept) {
+        if ((*at)->bytes == bytes) {
+            struct uvas_guide *found = *at;
+            *at = found->kept;
+            return found;
+        }
+    }
+    return NULL;
+}
+
+static void keep_guide(struct uvas_guide *old) {
+    old->kept = guides_kept;
+    guides_kept = old;
+}
+
+/* Drops the lock to allocate; without memory there is no new guide until as much has changed again. */
+static bool make_guide(size_t bytes) {
+    uvas_registry_unlock();
+    struct uvas_guide *made = bytes >= UVAS_VM_HUGE_PAGE ? uvas_vm_huge_pages(bytes) : uvas_vm_pages(bytes);
+    uvas_registry_lock();
+    if (made) {
+        made->bytes = bytes;
+        guide_bytes += bytes;
+        keep_guide(made);
+    }
+    return made != NULL;
+}
+
+/* Where the shape of the tree is no longer what the guide was laid for: lays it anew. True: the lock was dropped meanwhile. */
+static bool renew_guide(void) {
+    if (reshaped < reshaped_enough) {
+        return false;
+    }
+    size_t bytes = uvas_guide_bytes(leaves.taken);
+    struct uvas_guide *old = guide, *next = old && old->bytes >= bytes ? old : kept_guide(bytes);
+    if (!next && make_guide(bytes)) {
+        return true;
+    }
+    reshaped = 0;
+    reshaped_enough = 1 + leaves.taken / RESHAPED_PART;
+    if (!next) {
+        return true;
+    }
+    lay_guide(next);
+    uvas_guide_show(next, &uvas_book.guide);
+    guide = next;
+    if (old && old != next) {
+        keep_guide(old);
+    }
+    return false;
+}
+
+int uvas_registry_lock_for_insert(void) {
+    uvas_registry_lock();
+    for (;;) {
+        struct pool *lacking = !has_put_by(&leaves) ? &leaves : !has_put_by(&inners) ? &inners : NULL;
+        if (lacking && !put_by(lacking)) {
+            return -ENOMEM;
+        }
+        if (!lacking && !renew_guide()) {
+            return 0;
+        }
+    }
 }
 
 /* ---- changes: under the lock ------------------------------------------------------------------------------------------------------------------------ */
 
 struct step { /* one level of a writer's descent */
-    struct inner *inner;
+    struct uvas_inner *inner;
     size_t index;
 };
 
 struct trail {
     struct step steps[DEPTH_MAX];
     uint32_t depth; /* inner nodes passed */
-    struct leaf *leaf;
+    struct uvas_leaf *leaf;
 };
 
 static void trail_to(uintptr_t end, struct trail *out) {
-    struct node *node = root;
+    struct uvas_node *node = follow(&uvas_book.root);
     out->depth = 0;
-    while (node->kind == INNER) {
+    while (node->kind == UVAS_INNER) {
         size_t i = inner_rank(as_inner(node), end - 1);
         out->steps[out->depth++] = (struct step){as_inner(node), i};
-        node = as_inner(node)->child[i];
+        node = follow(&as_inner(node)->child[i]);
     }
     out->leaf = as_leaf(node);
 }
 
-static size_t leaf_count(const struct leaf *leaf) {
-    return leaf_rank(leaf, LAST - 1);
-}
-
-static size_t inner_count(const struct inner *inner) {
-    return inner_rank(inner, LAST - 1) + 1; /* the last child's key is LAST too */
-}
-
 /* The pointer that leads to level `depth` of the trail: the root, or a child slot of the node above. */
-static struct node **slot_above(const struct trail *trail, uint32_t depth) {
-    return depth == 0 ? &root : &trail->steps[depth - 1].inner->child[trail->steps[depth - 1].index];
+static uvas_link *slot_above(const struct trail *trail, uint32_t depth) {
+    return depth == 0 ? &uvas_book.root : &trail->steps[depth - 1].inner->child[trail->steps[depth - 1].index];
+}
+
+static void sketch(struct uvas_leaf *leaf, const struct uvas_entry *entries, size_t count) {
+    uint8_t parts[sizeof leaf->sketch.part] = {0};
+    uintptr_t low = entries[0].base, last = entries[count - 1].end - 1;
+    uint64_t bits = 64 - (uint64_t)__builtin_clzll(last - low + 1), shift = bits > UVAS_SKETCH_BITS ? bits - UVAS_SKETCH_BITS : 0;
+    shift += (last >> shift) - (low >> shift) >= sizeof parts; /* where they lie across one part more */
+    leaf->shift = shift;
+    for (size_t i = 1; i < count; i++) { /* the parts that do not start below the end before, but below this one; the last: all that are left */
+        uint64_t part = ((entries[i - 1].end - 1) >> shift) + 1;
+        uint64_t until = i + 1 < count ? ((entries[i].end - 1) >> shift) + 1 : (low >> shift) + sizeof parts;
+        for (; part < until; part++) {
+            parts[part % sizeof parts] = (uint8_t)i;
+        }
+    }
+    for (size_t i = 0; i < sizeof parts / sizeof(uint64_t); i++) {
+        uint64_t word;
+        memcpy(&word, &parts[i * sizeof word], sizeof word);
+        put(&leaf->sketch.word[i], word);
+    }
+}
+
+/* The inner node right above the leaf; NULL: it is the root. */
+static struct uvas_inner *above_leaves(const struct trail *trail) {
+    return trail->depth > 0 ? trail->steps[trail->depth - 1].inner : NULL;
 }
 
 /* A leaf of entries[from, to). */
-static struct leaf *new_leaf(const struct uvas_entry *entries, size_t count) {
-    struct leaf *leaf = as_leaf(take(&leaves));
+static struct uvas_leaf *new_leaf(const struct uvas_entry *entries, size_t count) {
+    struct uvas_leaf *leaf = as_leaf(take(&leaves));
     for (size_t i = 0; i < count; i++) {
-        put(&leaf->end[i], entries[i].end);
-        put(&leaf->base[i], entries[i].base);
-        put(&leaf->value[i], entries[i].value);
+        put(&leaf->entry[i].end, entries[i].end);
+        put(&leaf->entry[i].base, entries[i].base);
+        put(&leaf->entry[i].value, entries[i].value);
     }
-    for (size_t i = count; i < LEAF_ENTRIES; i++) {
-        put(&leaf->end[i], LAST);
+    for (size_t i = count; i < LEAF_KEYS; i++) {
+        put(&leaf->entry[i].end, LAST);
     }
+    put(&leaf->entry[count].base, LAST); /* a lookup never looks beyond it */
+    sketch(leaf, entries, count);
     return leaf;
 }
 
-static size_t read_leaf(const struct leaf *leaf, struct uvas_entry *entries) {
+static size_t read_leaf(const struct uvas_leaf *leaf, struct uvas_entry *entries) {
     size_t count = leaf_count(leaf);
     for (size_t i = 0; i < count; i++) {
-        entries[i] = (struct uvas_entry){.base = get(&leaf->base[i]), .end = get(&leaf->end[i]), .value = get(&leaf->value[i])};
+        entries[i] = (struct uvas_entry){.base = get(&leaf->entry[i].base), .end = get(&leaf->entry[i].end), .value = get(&leaf->entry[i].value)};
     }
     return count;
 }
 
 struct branch { /* a child and the highest end that belongs under it */
     uintptr_t key;
-    struct node *child;
+    struct uvas_node *child;
 };
 
-static struct inner *new_inner(const struct branch *branches, size_t count) {
-    struct inner *inner = as_inner(take(&inners));
+static struct uvas_inner *new_inner(const struct branch *branches, size_t count) {
+    struct uvas_inner *inner = as_inner(take(&inners));
+    inner->first_slot = 1;
+    inner->last_slot = 0;
     for (size_t i = 0; i < INNER_CHILDREN; i++) {
         put(&inner->key[i], i + 1 < count ? branches[i].key : LAST);
         publish(&inner->child[i], i < count ? branches[i].child : NULL); /* released one by one: a doomed reader may follow it at once */
@@ -462,16 +665,16 @@ static struct inner *new_inner(const struct branch *branches, size_t count) {
     return inner;
 }
 
-static size_t read_inner(const struct inner *inner, struct branch *branches) {
+static size_t read_inner(const struct uvas_inner *inner, struct branch *branches) {
     size_t count = inner_count(inner);
     for (size_t i = 0; i < count; i++) {
-        branches[i] = (struct branch){.key = get(&inner->key[i]), .child = inner->child[i]};
+        branches[i] = (struct branch){.key = get(&inner->key[i]), .child = follow(&inner->child[i])};
     }
     return count;
 }
 
 /* Puts `one`, or `one` and `two` parted by `fence`, in the place of the node at that level of the trail, which is retired. */
-static void replace(const struct trail *trail, uint32_t depth, struct node *old, struct node *one, uintptr_t fence, struct node *two) {
+static void replace(const struct trail *trail, uint32_t depth, struct uvas_node *old, struct uvas_node *one, uintptr_t fence, struct uvas_node *two) {
     struct branch branches[INNER_CHILDREN + 1];
     if (!two) {
         publish(slot_above(trail, depth), one);
@@ -481,11 +684,11 @@ static void replace(const struct trail *trail, uint32_t depth, struct node *old,
     if (depth == 0) {
         branches[0] = (struct branch){fence, one};
         branches[1] = (struct branch){LAST, two};
-        publish(&root, &new_inner(branches, 2)->node);
+        publish(&uvas_book.root, &new_inner(branches, 2)->node);
         retire(pool_of(old), old);
         return;
     }
-    struct inner *parent = trail->steps[depth - 1].inner;
+    struct uvas_inner *parent = trail->steps[depth - 1].inner;
     size_t at = trail->steps[depth - 1].index, count = read_inner(parent, branches);
     memmove(&branches[at + 2], &branches[at + 1], (count - at - 1) * sizeof *branches);
     branches[at + 1] = (struct branch){branches[at].key, two};
@@ -495,7 +698,7 @@ static void replace(const struct trail *trail, uint32_t depth, struct node *old,
         replace(trail, depth - 1, &parent->node, &new_inner(branches, count)->node, 0, NULL);
     } else {
         size_t half = count / 2;
-        struct inner *low = new_inner(branches, half), *high = new_inner(branches + half, count - half);
+        struct uvas_inner *low = new_inner(branches, half), *high = new_inner(branches + half, count - half);
         replace(trail, depth - 1, &parent->node, &low->node, branches[half - 1].key, &high->node);
     }
     retire(pool_of(old), old);
@@ -512,8 +715,8 @@ int uvas_registry_insert(uintptr_t base, uintptr_t end, uint64_t value, struct u
     }
     struct uvas_entry fresh = {.base = base, .end = end, .value = value};
     ranges++;
-    if (!root) {
-        publish(&root, &new_leaf(&fresh, 1)->node);
+    if (!follow(&uvas_book.root)) {
+        publish(&uvas_book.root, &new_leaf(&fresh, 1)->node);
         return 0;
     }
     struct trail trail;
@@ -526,27 +729,29 @@ int uvas_registry_insert(uintptr_t base, uintptr_t end, uint64_t value, struct u
         replace(&trail, trail.depth, &trail.leaf->node, &new_leaf(entries, count)->node, 0, NULL);
     } else {
         size_t half = at + 1 == count ? count - 1 : at == 0 ? 1 : count / 2; /* ranges that come in order leave full leaves behind */
-        struct leaf *low = new_leaf(entries, half), *high = new_leaf(entries + half, count - half);
+        struct uvas_leaf *low = new_leaf(entries, half), *high = new_leaf(entries + half, count - half);
+        hide_cells(above_leaves(&trail));
         replace(&trail, trail.depth, &trail.leaf->node, &low->node, entries[half - 1].end, &high->node);
+        mend_guide();
     }
     return 0;
 }
 
-static size_t entries_in(struct node *node) {
-    return node->kind == LEAF ? leaf_count(as_leaf(node)) : inner_count(as_inner(node));
+static size_t entries_in(struct uvas_node *node) {
+    return node->kind == UVAS_LEAF ? leaf_count(as_leaf(node)) : inner_count(as_inner(node));
 }
 
 /* Two neighbours fit well into one: with room left, so that an insert soon after does not split it again. */
-static bool join(struct node *first, struct node *second) {
-    size_t most = first->kind == LEAF ? LEAF_ENTRIES : INNER_CHILDREN;
+static bool join(struct uvas_node *first, struct uvas_node *second) {
+    size_t most = first->kind == UVAS_LEAF ? LEAF_ENTRIES : INNER_CHILDREN;
     return entries_in(first) + entries_in(second) <= most * 3 / 4;
 }
 
 /* The entries of both; `fence` parts them. */
-static struct node *joined(struct node *first, uintptr_t fence, struct node *second) {
+static struct uvas_node *joined(struct uvas_node *first, uintptr_t fence, struct uvas_node *second) {
     struct uvas_entry entries[LEAF_ENTRIES];
     struct branch branches[INNER_CHILDREN];
-    if (first->kind == LEAF) {
+    if (first->kind == UVAS_LEAF) {
         size_t part = read_leaf(as_leaf(first), entries);
         return &new_leaf(entries, part + read_leaf(as_leaf(second), entries + part))->node;
     }
@@ -556,9 +761,9 @@ static struct node *joined(struct node *first, uintptr_t fence, struct node *sec
 }
 
 /* The root became `is`: a lone child takes its place; NULL is an empty tree. */
-static void shrink_root(struct node *old, struct node *is) {
-    struct node *only = is && is->kind == INNER && inner_count(as_inner(is)) == 1 ? as_inner(is)->child[0] : NULL;
-    publish(&root, only ? only : is);
+static void shrink_root(struct uvas_node *old, struct uvas_node *is) {
+    struct uvas_node *only = is && is->kind == UVAS_INNER && inner_count(as_inner(is)) == 1 ? follow(&as_inner(is)->child[0]) : NULL;
+    publish(&uvas_book.root, only ? only : is);
     if (only) {
         retire(&inners, is);
     }
@@ -566,13 +771,13 @@ static void shrink_root(struct node *old, struct node *is) {
 }
 
 /* `is` (NULL: nothing is left) takes the place of `old`, joined with a neighbour if both are small; then the parent has become smaller, and so on. */
-static void shrink(const struct trail *trail, uint32_t depth, struct node *old, struct node *is) {
+static void shrink(const struct trail *trail, uint32_t depth, struct uvas_node *old, struct uvas_node *is) {
     struct branch branches[INNER_CHILDREN];
     if (depth == 0) {
         shrink_root(old, is);
         return;
     }
-    struct inner *parent = trail->steps[depth - 1].inner;
+    struct uvas_inner *parent = trail->steps[depth - 1].inner;
     size_t at = trail->steps[depth - 1].index, count = read_inner(parent, branches);
     bool with_right = is && at + 1 < count && join(is, branches[at + 1].child);
     bool with_left = is && !with_right && at > 0 && join(branches[at - 1].child, is);
@@ -581,14 +786,19 @@ static void shrink(const struct trail *trail, uint32_t depth, struct node *old, 
         retire(pool_of(old), old);
         return;
     }
-    struct node *neighbour = with_right ? branches[at + 1].child : with_left ? branches[at - 1].child : NULL;
+    struct uvas_node *neighbour = with_right ? branches[at + 1].child : with_left ? branches[at - 1].child : NULL;
+    if (depth == trail->depth) {
+        hide_cells(parent);
+    } else if (depth + 1 == trail->depth && neighbour) {
+        hide_cells(as_inner(neighbour));
+    }
     branches[at].child = is;
     if (neighbour) {
         at -= with_left;
         branches[at + 1].child = joined(branches[at].child, branches[at].key, branches[at + 1].child);
     }
     memmove(&branches[at], &branches[at + 1], (count - at - 1) * sizeof *branches); /* the lower of the two, or the empty one */
-    struct node *smaller = count > 1 ? &new_inner(branches, count - 1)->node : NULL;
+    struct uvas_node *smaller = count > 1 ? &new_inner(branches, count - 1)->node : NULL;
     shrink(trail, depth - 1, &parent->node, smaller);
     retire(pool_of(old), old);
     if (neighbour) {
@@ -608,15 +818,16 @@ void uvas_registry_remove(uintptr_t base, uintptr_t end) {
     count--;
     ranges--;
     shrink(&trail, trail.depth, &trail.leaf->node, count ? &new_leaf(entries, count)->node : NULL);
+    mend_guide();
 }
 
 void uvas_registry_set(uintptr_t base, uintptr_t end, uint64_t value) {
     struct trail trail;
     trail_to(end, &trail);
     size_t at = leaf_rank(trail.leaf, end - 1);
-    assert(at < LEAF_ENTRIES && get(&trail.leaf->base[at]) == base && get(&trail.leaf->end[at]) == end);
+    assert(at < LEAF_ENTRIES && get(&trail.leaf->entry[at].base) == base && get(&trail.leaf->entry[at].end) == end);
     (void)base;
-    __atomic_store_n(&trail.leaf->value[at], value, __ATOMIC_RELEASE);
+    __atomic_store_n(&trail.leaf->entry[at].value, value, __ATOMIC_RELEASE);
 }
 
 /* ---- truth ---------------------------------------------------------------------------------------------------------------------------------------------- */
@@ -628,39 +839,39 @@ struct survey {
     uintptr_t where;
 };
 
-static void survey_leaf(const struct leaf *leaf, uintptr_t above_fence, uintptr_t fence, struct survey *survey) {
+static void survey_leaf(const struct uvas_leaf *leaf, uintptr_t above_fence, uintptr_t fence, struct survey *survey) {
     size_t count = leaf_count(leaf);
     survey->leaf_nodes++;
     survey->wrong = count == 0 ? "is an empty leaf" : survey->wrong;
     for (size_t i = 0; i < count && !survey->wrong; i++) {
-        uintptr_t base = leaf->base[i], end = leaf->end[i];
+        uintptr_t base = leaf->entry[i].base, end = leaf->entry[i].end;
         survey->where = base;
         survey->wrong = base >= end ? "ends before it starts" : base < survey->last_end ? "overlaps the one before it" : survey->wrong;
         survey->wrong = end > fence || end <= above_fence ? "is under the wrong fence" : survey->wrong;
         survey->last_end = end;
         survey->entries++;
     }
-    for (size_t i = count; i < LEAF_ENTRIES && !survey->wrong; i++) {
-        survey->wrong = leaf->end[i] != LAST ? "is followed by a key out of order" : NULL;
+    for (size_t i = count; i < LEAF_KEYS && !survey->wrong; i++) {
+        survey->wrong = leaf->entry[i].end != LAST ? "is followed by a key out of order" : NULL;
     }
 }
 
-static void survey_node(const struct node *node, size_t depth, uintptr_t above_fence, uintptr_t fence, struct survey *survey) {
+static void survey_node(const struct uvas_node *node, size_t depth, uintptr_t above_fence, uintptr_t fence, struct survey *survey) {
     if (survey->wrong || !node) {
         survey->wrong = survey->wrong ? survey->wrong : "a child is missing";
-    } else if (node->kind == LEAF) {
+    } else if (node->kind == UVAS_LEAF) {
         survey->wrong = survey->depth && survey->depth != depth + 1 ? "leaves lie at different depths" : survey->wrong;
         survey->depth = depth + 1;
-        survey_leaf((const struct leaf *)node, above_fence, fence, survey);
+        survey_leaf((const struct uvas_leaf *)node, above_fence, fence, survey);
     } else {
-        const struct inner *inner = (const struct inner *)node;
+        const struct uvas_inner *inner = (const struct uvas_inner *)node;
         size_t count = inner_count(inner);
         survey->inner_nodes++;
         survey->wrong = depth == 0 && count < 2 ? "the root has one child" : depth + 1 >= DEPTH_MAX ? "the tree is too deep" : survey->wrong;
         for (size_t i = 0; i < count; i++) {
             uintptr_t key = i + 1 < count ? inner->key[i] : fence;
             survey->wrong = i + 1 < count && (key <= above_fence || key > fence) ? "a fence is out of order" : survey->wrong;
-            survey_node(inner->child[i], depth + 1, above_fence, key, survey);
+            survey_node(follow(&inner->child[i]), depth + 1, above_fence, key, survey);
             above_fence = key;
         }
     }
@@ -668,14 +879,27 @@ static void survey_node(const struct node *node, size_t depth, uintptr_t above_f
 
 static struct survey survey_tree(void) {
     struct survey survey = {0};
+    struct uvas_node *root = follow(&uvas_book.root);
     if (root) {
         survey_node(root, 0, 0, LAST, &survey);
     }
     return survey;
 }
 
+static void survey_guide(struct survey *survey) {
+    for (uint64_t slot = 0; guide && slot <= guide->last && !survey->wrong; slot++) {
+        struct place place = place_of(uvas_guide_last_address(guide, slot));
+        struct uvas_guide_slot is = slot_of(guide, slot, &place);
+        bool tracked = !place.inner || (place.inner->first_slot <= slot && slot <= place.inner->last_slot);
+        survey->where = uvas_guide_last_address(guide, slot);
+        survey->wrong = guide->slot[slot].cell != is.cell || guide->slot[slot].fence != is.fence ? "the guide misleads" : survey->wrong;
+        survey->wrong = !tracked ? "a cell would not be hidden from the guide" : survey->wrong;
+    }
+}
+
 int uvas_registry_check(char *why, size_t why_size) {
     struct survey survey = survey_tree();
+    survey_guide(&survey);
     if (!survey.wrong && survey.entries != ranges) {
         survey.wrong = "the count of ranges is wrong";
     }
@@ -692,8 +916,8 @@ int uvas_registry_check(char *why, size_t why_size) {
 void uvas_registry_stats(struct uvas_registry_stats *out) {
     struct survey survey = survey_tree();
     *out = (struct uvas_registry_stats){.ranges = ranges, .depth = survey.depth, .leaf_nodes = survey.leaf_nodes, .inner_nodes = survey.inner_nodes,
-                                        .tree_bytes = survey.leaf_nodes * sizeof(struct leaf) + survey.inner_nodes * sizeof(struct inner),
-                                        .node_bytes = leaves.bytes + inners.bytes};
+                                        .tree_bytes = survey.leaf_nodes * sizeof(struct uvas_leaf) + survey.inner_nodes * sizeof(struct uvas_inner),
+                                        .node_bytes = leaves.bytes + inners.bytes + guide_bytes};
 }
 
 static void forget_pool(struct pool *pool) {
@@ -704,9 +928,17 @@ static void forget_pool(struct pool *pool) {
 }
 
 void uvas_registry_forget(void) {
-    root = NULL;
+    uvas_book.root = UVAS_NO_LEAF;
     ranges = 0;
-    __atomic_store_n(&publications, publications + UVAS_REGISTRY_WINDOW, __ATOMIC_RELEASE);
+    __atomic_store_n(&uvas_book.publications, uvas_book.publications + UVAS_REGISTRY_WINDOW, __ATOMIC_RELEASE);
+    if (guide) {
+        keep_guide(guide);
+    }
+    guide = NULL;
+    uvas_book.guide.last = 0;
+    reshaped = reshaped_enough = 0;
+    torn_first = UINT64_MAX;
+    torn_last = 0;
     forget_pool(&leaves);
     forget_pool(&inners);
     condition = (pthread_cond_t)PTHREAD_COND_INITIALIZER; /* the parent's waiters are not here */

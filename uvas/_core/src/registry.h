@@ -6,6 +6,8 @@
  *
  *   structure    a B+tree keyed by *end* address, so that one descent finds the only range that can hold an address;
  *                cost O(log n) in the number of ranges, whatever their size
+ *   shortcut     a table leads to the leaf, the leaf's sketch to the entry, and the entry proves itself (nodes.h, guide.h): most lookups
+ *                descend nothing. What is not proven descends the tree, which alone is the truth
  *   ordering     a node is complete before the release store of the pointer that publishes it; readers descend by acquire loads.
  *                Keys of a published node never change: a change of keys makes a new node and swaps one pointer.
  *                The value of an entry may be replaced in place (one atomic store): publishing and hiding cost no copy

@@ -22,6 +22,8 @@
 #include "search.h"
 #include "space.h"
 
+/* Between a system call and the caller: each return after the kernel was entered is mispredicted, as it empties the stack of return addresses. */
+#define FLAT static inline __attribute__((always_inline))
 #define SAME_PLACE_TRIES 4 /* where the kernel refused and nobody is seen there: the holder may just have left */
 
 /* ---- the quarantine: ranges released, still mapped ------------------------------------------------------------------------------------------- */
@@ -31,7 +33,7 @@ static _Atomic uint32_t quarantine_length; /* written under the lock; read witho
 
 /* Unmaps what of a record is held by uvas's own mappings: all of it, but what was lost and what a driver occupies. From the top down, and what is
  * done is cut off, so that a second try never meets what is somebody else's by now. */
-static int unmap_held(struct uvas_record *record) {
+FLAT int unmap_held(struct uvas_record *record) {
     const struct uvas_pieces *parts = record->owned ? &record->fills : &record->pieces;
     size_t i = parts->count;
     while (record->held_end > 0) {
@@ -143,7 +145,7 @@ static bool refuses_tag(int rc) {
     return rc == -EINVAL || rc == -EACCES || rc == -EPERM || rc == -ENODEV || rc == -EOPNOTSUPP;
 }
 
-int uvas_hold(uintptr_t base, size_t size, int tag) {
+FLAT int hold(uintptr_t base, size_t size, int tag) {
     uintptr_t stray = 0;
     int rc = uvas_vm_reserve(base, size, tag, &stray);
     if (stray) {
@@ -152,17 +154,21 @@ int uvas_hold(uintptr_t base, size_t size, int tag) {
     return rc;
 }
 
-static int map_held(struct uvas_record *record, uintptr_t base, size_t size) {
-    int rc = uvas_hold(base, size, record->tagged ? record->space->tag : -1);
+int uvas_hold(uintptr_t base, size_t size, int tag) {
+    return hold(base, size, tag);
+}
+
+FLAT int map_held(struct uvas_record *record, uintptr_t base, size_t size) {
+    int rc = hold(base, size, record->tagged ? record->space->tag : -1);
     if (record->tagged && refuses_tag(rc)) { /* this kernel maps no empty file, or not here */
         record->tagged = false;
-        rc = uvas_hold(base, size, -1);
+        rc = hold(base, size, -1);
     }
     return rc;
 }
 
 /* 0; -EEXIST with the holder in *obstacle (size 0: nobody is seen there); else the failure is said. */
-static int hold_on_host(struct uvas_record *record, struct uvas_obstacle *obstacle) {
+FLAT int hold_on_host(struct uvas_record *record, struct uvas_obstacle *obstacle) {
     for (int tries = 0;; tries++) {
         int rc = map_held(record, record->base, record->size);
         if (rc == 0) {
@@ -230,7 +236,7 @@ static int fill_around_driver(struct uvas_record *record, struct uvas_obstacle *
 }
 
 /* Gives back what of the record the host holds. Where the kernel will not: true, and the record is to be put into quarantine. */
-static bool host_keeps(struct uvas_record *record) {
+FLAT bool host_keeps(struct uvas_record *record) {
     if (record->held_end == 0 || unmap_held(record) == 0) {
         return false;
     }
@@ -251,7 +257,7 @@ struct attempt {
 };
 
 /* Step 2. 0, or with everything undone: -EEXIST with *obstacle, or what is said. */
-static int act(struct uvas_record *record, struct uvas_obstacle *obstacle, struct attempt *attempt) {
+FLAT int act(struct uvas_record *record, struct uvas_obstacle *obstacle, struct attempt *attempt) {
     record->held_end = 0;
     record->tagged = record->space->tag >= 0;
     record->fills.count = 0;
@@ -277,7 +283,7 @@ static int act(struct uvas_record *record, struct uvas_obstacle *obstacle, struc
 }
 
 /* Steps 1 to 3. 0; -EEXIST with *obstacle (from_registry: met in the registry); else said. The record is in the space's list while it acts. */
-static int try_at(struct uvas_record *record, uintptr_t base, struct uvas_obstacle *obstacle, bool *from_registry, struct attempt *attempt) {
+FLAT int try_at(struct uvas_record *record, uintptr_t base, struct uvas_obstacle *obstacle, bool *from_registry, struct attempt *attempt) {
     struct uvas_space *space = record->space;
     struct uvas_entry taken;
     if (uvas_registry_lock_for_insert() < 0) {
@@ -403,7 +409,7 @@ static int exhausted(const struct demand *demand, const struct uvas_tried *tried
                          count ? tried[(count - 1) % UVAS_TRIED_MAX].reason : "");
 }
 
-static int reserve_searching(struct uvas_record *record, const struct demand *demand, struct uvas_recent *recent, struct attempt *attempt) {
+FLAT int reserve_searching(struct uvas_record *record, const struct demand *demand, struct uvas_recent *recent, struct attempt *attempt) {
     struct uvas_tried tried[UVAS_TRIED_MAX];
     uint32_t count = 0, acted = 0;
     bool again = recent->low == demand->low && recent->high == demand->high;
@@ -619,7 +625,7 @@ void uvas_record_poison_live(struct uvas_record *record) {
     uvas_record_poison(record);
 }
 
-int uvas_record_release(struct uvas_record *record) {
+FLAT int release_record(struct uvas_record *record) {
     struct uvas_space *space = record->space;
     bool poisoned = false, reservation = record->kind == UVAS_RESERVATION;
     int rc = reservation ? uvas_party_unclaim(record, &poisoned) : 0;
@@ -690,7 +696,11 @@ static struct uvas_record *begin_release(uvas_id id, bool retire, int *rc) {
     return record;
 }
 
-static int release(uvas_id id, bool retire) {
+int uvas_record_release(struct uvas_record *record) {
+    return release_record(record);
+}
+
+FLAT int release(uvas_id id, bool retire) {
     int rc = uvas_core_ready();
     if (rc < 0) {
         return rc;
@@ -699,7 +709,7 @@ static int release(uvas_id id, bool retire) {
     struct uvas_record *record = begin_release(id, retire, &rc);
     uvas_registry_unlock();
     if (record) {
-        rc = uvas_record_release(record);
+        rc = release_record(record);
     }
     uvas_quarantine_sweep();
     return rc;

@@ -21,10 +21,10 @@ size_t uvas_class_bytes(uint32_t class) {
     return (size_t)(UVAS_CLASS_STEPS + class % UVAS_CLASS_STEPS + 1) << (class / UVAS_CLASS_STEPS + UVAS_CLASS_DOUBLING - 4);
 }
 
-/* Enough blocks that the arena is rarely asked and that a block's share of the bookkeeping is below 16 bytes (up to 4 KiB), few enough that a class
- * of which a thread needs one block costs little. */
+/* Enough blocks that the arena is rarely asked, few enough that a class of which a thread needs one block costs little: 64 KiB, and at least 8. Up to
+ * 4 KiB a block has 16 bytes of bookkeeping at most, 8 a page of which are the map's: that takes 40. */
 static size_t slab_bytes(size_t block_bytes) {
-    size_t least = block_bytes <= 2048 ? 32 : block_bytes <= 4096 ? 64 : block_bytes <= 16384 ? 16 : 8, bytes = least * block_bytes;
+    size_t least = block_bytes <= 4096 ? 40 : block_bytes <= 16384 ? 16 : 8, bytes = least * block_bytes;
     bytes = bytes > (size_t)64 << 10 ? bytes : (size_t)64 << 10;
     return (bytes + uvas_page() - 1) & ~(uvas_page() - 1);
 }

@@ -6,6 +6,8 @@
 #include <string.h>
 
 #include "failure.h"
+#include "limits.h"
+#include "nodes.h"
 #include "registry.h"
 #include "space.h"
 
@@ -20,7 +22,7 @@ static int tag_space(struct uvas_space *space) {
     (void)snprintf(name, sizeof name, "uvas:%s", space->name);
     int fd = uvas_vm_tag(name);
     if (fd == -EMFILE || fd == -ENFILE) {
-        return uvas_fail_limit(0, 0, fd == -EMFILE ? "RLIMIT_NOFILE" : "fs.file-max", 0, "close descriptors or raise the limit (ulimit -n)");
+        return uvas_limits_descriptors(0, 0, fd);
     }
     if (fd < 0) {
         return uvas_fail_system(0, 0, "memfd_create", fd);
@@ -342,10 +344,19 @@ static void tell(const struct uvas_entry *entry, struct uvas_found *out) {
     out->kind = entry->value & UVAS_REGISTRY_FOREIGN ? UVAS_ADOPTION : UVAS_RESERVATION;
 }
 
-int uvas_find(uintptr_t address, struct uvas_found *out) {
+static __attribute__((noinline)) int find_in_doubt(uintptr_t address, struct uvas_found *out) {
     struct uvas_entry entry;
     if (!uvas_registry_find(address, &entry)) {
         return -ENOENT;
+    }
+    tell(&entry, out);
+    return 0;
+}
+
+int uvas_find(uintptr_t address, struct uvas_found *out) {
+    struct uvas_entry entry;
+    if (!uvas_book_holds(address, &entry)) {
+        return find_in_doubt(address, out);
     }
     tell(&entry, out);
     return 0;

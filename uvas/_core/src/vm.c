@@ -137,7 +137,10 @@ static inline int gate(void) {
 
 /* ---- mmap, and other kernels' ways with it ------------------------------------------------------------------------------------- */
 
-static long map_native(uintptr_t base, size_t size, int protection, int flags, int fd, int64_t offset) {
+/* Between a system call and the caller: each return after the kernel was entered is mispredicted, as it empties the stack of return addresses. */
+#define FLAT static inline __attribute__((always_inline))
+
+FLAT long map_native(uintptr_t base, size_t size, int protection, int flags, int fd, int64_t offset) {
     long at = syscall(SYS_mmap, base, size, protection, flags, fd, offset);
     return at == -1 ? -errno : at;
 }
@@ -182,7 +185,7 @@ static long map_imitated(uint32_t kernel, uintptr_t base, size_t size, int prote
     }
 }
 
-static long map(uintptr_t base, size_t size, int protection, int flags, int fd, int64_t offset) {
+FLAT long map(uintptr_t base, size_t size, int protection, int flags, int fd, int64_t offset) {
     int refused = gate();
     if (refused) {
         return -refused;
@@ -197,7 +200,7 @@ static long map(uintptr_t base, size_t size, int protection, int flags, int fd, 
 /* ---- addresses ----------------------------------------------------------------------------------------------------------------- */
 
 /* Maps at base or nowhere. The kernel's answer is compared with the request whatever it promised. */
-static int map_exactly(uintptr_t base, size_t size, int protection, int flags, int fd, int64_t offset, uintptr_t *stray) {
+FLAT int map_exactly(uintptr_t base, size_t size, int protection, int flags, int fd, int64_t offset, uintptr_t *stray) {
     long at = map(base, size, protection, flags, fd, offset);
     *stray = 0;
     if (at < 0) {
@@ -514,6 +517,24 @@ void *uvas_vm_pages(size_t size_bytes) {
     }
     long at = map_native(0, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return at < 0 ? NULL : (void *)at;
+}
+
+void *uvas_vm_huge_pages(size_t size_bytes) {
+    size_t spare = UVAS_VM_HUGE_PAGE;
+    char *memory = uvas_vm_pages(size_bytes + spare);
+    if (!memory) {
+        return NULL;
+    }
+    size_t before = -(uintptr_t)memory & (UVAS_VM_HUGE_PAGE - 1);
+    if (before > 0) {
+        (void)syscall(SYS_munmap, memory, before);
+    }
+    memory += before;
+    if (spare > before) {
+        (void)syscall(SYS_munmap, memory + size_bytes, spare - before);
+    }
+    (void)syscall(SYS_madvise, memory, size_bytes, MADV_HUGEPAGE); /* where the kernel will not, they are small pages */
+    return memory;
 }
 
 /* ---- for arenas ------------------------------------------------------------------------------------------------------------------ */

@@ -88,6 +88,8 @@ uint64_t uvas_vm_limit(int resource); /* the soft limit; UINT64_MAX: none */
 /* -- our own bookkeeping -- */
 
 void *uvas_vm_pages(size_t size_bytes); /* zeroed private memory for our own bookkeeping, never given back; or NULL */
+#define UVAS_VM_HUGE_PAGE ((size_t)2 << 20)
+void *uvas_vm_huge_pages(size_t size_bytes); /* likewise, of whole huge pages, and aligned to them */
 
 /* -- for arenas -- */
 

@@ -36,10 +36,11 @@ def held_back(*, even_a_second: bool = False) -> Iterator[None]:
     def wait(number: int, frame: FrameType | None) -> None:
         came.append(frame)
         if len(came) > 1 and not even_a_second:
+            signal.signal(signal.SIGINT, before)  # it may raise where nothing else gives the handler back
             handler(number, frame)
 
-    signal.signal(signal.SIGINT, wait)
     try:
+        signal.signal(signal.SIGINT, wait)
         yield
     finally:
         signal.signal(signal.SIGINT, before)
