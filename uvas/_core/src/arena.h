@@ -9,8 +9,11 @@
  *   trim.c       memory given back
  *   heap.c       what a thread keeps for itself, and the door through which it goes
  *   slab.c       small blocks
- *   block.c      alloc, free, realloc, find
- *   arena.c      open, close, trim, check, statistics, fork
+ *   find.c       the block that holds an address
+ *   block.c      alloc and free
+ *   resize.c     realloc
+ *   arena.c      open, close, trim, fork
+ *   census.c     statistics and check
  *
  * The theory. A *region* is one reservation. Its pages are divided into *runs*: a hole, a large block, or a *slab*, which holds blocks of one size.
  * Each thread has a *heap* in each arena that it uses: slabs that it owns, and a few runs that it freed lately. Only the owner takes blocks from a
@@ -415,11 +418,37 @@ static inline _Atomic uint64_t *uvas_slab_remote(struct uvas_slab *slab) {
     return slab->bits + slab->run.words;
 }
 
-/* -- block.c: what the slabs' bits say -- */
+/* -- find.c: by anyone; true if it was so while the call ran -- */
 
-/* A slab's live block at an address. By anyone: true if it was so while the call ran. */
-bool uvas_slab_block(struct uvas_slab *slab, uintptr_t address, uintptr_t *base, size_t *bytes);
-struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t address); /* or NULL; by anyone */
+#define UVAS_RECIPROCAL_BITS 40 /* offset * (2^40 / size, rounded up) >> 40 is exact: the error is below 2^18 * 2^21 / 2^40 < 1 */
+
+static inline size_t uvas_slab_index(const struct uvas_slab *slab, size_t offset) {
+    return (size_t)(offset * atomic_load_explicit(&slab->run.reciprocal, memory_order_relaxed) >> UVAS_RECIPROCAL_BITS);
+}
+
+bool uvas_block_locate(const struct uvas_region *region, uintptr_t address, struct uvas_run **run, uintptr_t *base, size_t *bytes); /* a live block */
+int uvas_block_not_live(uintptr_t address); /* says so: -EINVAL */
+struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t address); /* or NULL */
+
+/* -- block.c -- */
+
+static inline size_t uvas_block_pages(size_t size) { /* bytes of whole pages */
+    return (size + uvas_page() - 1) & ~(uvas_page() - 1);
+}
+
+/* What a large block takes if there is room: sizes that threads may keep have 8 steps a doubling, as small ones have, so that what is freed serves
+ * again. */
+static inline size_t uvas_block_steps(size_t size) {
+    if (size <= UVAS_SMALL_MAX || size > UVAS_KEPT_RUN_MAX) { /* the first: where there was no room for a slab */
+        return uvas_block_pages(size);
+    }
+    size_t step = (size_t)1 << (63 - (uint32_t)__builtin_clzll(size - 1)) >> 3;
+    return uvas_block_pages((size + step - 1) & ~(step - 1));
+}
+
+/* -- census.c -- */
+
+uint64_t uvas_arena_in_use(const struct uvas_arena *arena); /* blocks that live, and runs at work. Doors shut, under lock */
 
 /* -- arena.c -- */
 

@@ -1,4 +1,4 @@
-/* block.c: blocks allocated, freed, resized and found.
+/* block.c: blocks allocated and freed.
  *
  * The short ways first: a small block from the slab that the thread's heap takes from, or back to a slab that it owns, touches nothing that another
  * thread writes. Everything else is a slower way that ends in one of those.
@@ -12,7 +12,6 @@
 #include "space.h"
 #include "vm.h"
 
-#define RECIPROCAL_BITS 40 /* slab.c */
 #define POISON 0xdf
 #define ALIGN_LEAST ((size_t)16)
 #define GUARDED_LEAST ((size_t)64 << 10) /* in an arena with guards larger blocks have pages of their own, and a guard */
@@ -27,95 +26,6 @@ struct ask { /* what a caller wants */
     size_t size, align;
     bool zero, wait;
 };
-
-/* ---- where is it? ------------------------------------------------------------------------------------------------------------------------------ */
-
-struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t address) {
-    uint32_t count = atomic_load_explicit(&arena->region_count, memory_order_acquire);
-    for (uint32_t i = 0; i < count; i++) {
-        struct uvas_region *region = atomic_load_explicit(&arena->regions[i], memory_order_acquire);
-        if (region && address - atomic_load_explicit(&region->base, memory_order_relaxed) < atomic_load_explicit(&region->bytes, memory_order_relaxed)) {
-            return region;
-        }
-    }
-    return NULL;
-}
-
-QUICK size_t index_in(const struct uvas_slab *slab, size_t offset) {
-    return (size_t)(offset * atomic_load_explicit(&slab->run.reciprocal, memory_order_relaxed) >> RECIPROCAL_BITS);
-}
-
-bool uvas_slab_block(struct uvas_slab *slab, uintptr_t address, uintptr_t *base, size_t *bytes) {
-    uintptr_t start = uvas_run_base(&slab->run);
-    size_t index = index_in(slab, address - start), size = atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed);
-    if (index >= atomic_load_explicit(&slab->run.count, memory_order_relaxed) || index / 64 >= slab->run.words) {
-        return false;
-    }
-    uint64_t bit = UINT64_C(1) << index % 64;
-    if ((atomic_load_explicit(&uvas_slab_remote(slab)[index / 64], memory_order_acquire) |
-         atomic_load_explicit(&uvas_slab_free(slab)[index / 64], memory_order_acquire)) & bit) {
-        return false;
-    }
-    *base = start + index * size;
-    *bytes = size;
-    return true;
-}
-
-/* A live block; *run: its run. By anyone. */
-static bool locate(const struct uvas_region *region, uintptr_t address, struct uvas_run **run, uintptr_t *base, size_t *bytes) {
-    *run = uvas_region_find(region, address);
-    uint32_t state = *run ? uvas_run_state(*run) : UVAS_RUN_NONE;
-    if (state == UVAS_RUN_SLAB) {
-        return uvas_slab_block((struct uvas_slab *)*run, address, base, bytes);
-    }
-    if (state != UVAS_RUN_LARGE) {
-        return false;
-    }
-    *base = uvas_run_base(*run);
-    *bytes = uvas_run_bytes(*run) - atomic_load_explicit(&(*run)->guard, memory_order_relaxed);
-    return address - *base < *bytes;
-}
-
-int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out) {
-    struct uvas_region *region = uvas_region_at(address);
-    uvas_id arena = region ? atomic_load_explicit(&region->arena_id, memory_order_acquire) : 0;
-    struct uvas_run *run;
-    uintptr_t base;
-    size_t bytes;
-    if (!arena || address - atomic_load_explicit(&region->base, memory_order_relaxed) >= atomic_load_explicit(&region->bytes, memory_order_relaxed)) {
-        return -ENOENT;
-    }
-    if (!locate(region, address, &run, &base, &bytes)) {
-        return -ENOENT;
-    }
-    *out = (struct uvas_allocation){.base = base, .size = bytes, .arena = arena};
-    return 0;
-}
-
-SLOW static int free_any(uvas_id id, uintptr_t address, bool wait);
-
-SLOW static int not_live(uintptr_t address) {
-    return uvas_fail_invalid("0x%lx is not the base of a live block of this arena: it was freed already, or never allocated there", address);
-}
-
-int uvas_allocation_size(uvas_id id, uintptr_t address, size_t *out) {
-    struct uvas_arena *arena = uvas_arena_inherited(id);
-    if (!arena) {
-        arena = uvas_arena_get(id);
-    }
-    if (!arena) {
-        return -ESTALE;
-    }
-    struct uvas_region *region = uvas_arena_region(arena, address);
-    struct uvas_run *run;
-    uintptr_t base;
-    size_t bytes;
-    if (!region || !locate(region, address, &run, &base, &bytes) || base != address) {
-        return not_live(address);
-    }
-    *out = bytes;
-    return 0;
-}
 
 /* ---- small blocks: inside ------------------------------------------------------------------------------------------------------------------------- */
 
@@ -192,20 +102,6 @@ static void see_to_idle(struct uvas_heap *heap, bool wait) {
 }
 
 /* ---- large blocks ---------------------------------------------------------------------------------------------------------------------------------- */
-
-static size_t whole_pages(size_t size) {
-    return (size + uvas_page() - 1) & ~(uvas_page() - 1);
-}
-
-/* What a large block takes if there is room: sizes that threads may keep have 8 steps a doubling, as small ones have, so that what is freed serves
- * again. */
-static size_t stepped_pages(size_t size) {
-    if (size <= UVAS_SMALL_MAX || size > UVAS_KEPT_RUN_MAX) { /* the first: where there was no room for a slab */
-        return whole_pages(size);
-    }
-    size_t step = (size_t)1 << (63 - (uint32_t)__builtin_clzll(size - 1)) >> 3;
-    return whole_pages((size + step - 1) & ~(step - 1));
-}
 
 /* What the heap kept. Inside. */
 static struct uvas_run *take_kept(struct uvas_heap *heap, size_t bytes, size_t align) {
@@ -302,7 +198,7 @@ static int alloc_large(struct uvas_heap *heap, const struct ask *ask, uintptr_t 
                          : -EAGAIN;
     }
     bool guarded = (heap->hardened & UVAS_ARENA_GUARD) && ask->size > GUARDED_LEAST;
-    size_t least = whole_pages(ask->size) + (guarded ? uvas_page() : 0), bytes = guarded ? least : stepped_pages(ask->size);
+    size_t least = uvas_block_pages(ask->size) + (guarded ? uvas_page() : 0), bytes = guarded ? least : uvas_block_steps(ask->size);
     if (guarded && !ask->wait) {
         return -EAGAIN;
     }
@@ -520,7 +416,7 @@ SLOW static int resolve(struct uvas_arena *arena, uintptr_t address) {
     struct uvas_run *run = region ? uvas_region_find(region, address) : NULL;
     if (run && uvas_run_state(run) == UVAS_RUN_SLAB) {
         struct uvas_slab *slab = (struct uvas_slab *)run;
-        size_t index = index_in(slab, address - uvas_run_base(run));
+        size_t index = uvas_slab_index(slab, address - uvas_run_base(run));
         uint64_t bit = UINT64_C(1) << index % 64;
         if (atomic_load(&uvas_slab_free(slab)[index / 64]) & atomic_load(&uvas_slab_remote(slab)[index / 64]) & bit) {
             (void)atomic_fetch_and(&uvas_slab_remote(slab)[index / 64], ~bit);
@@ -532,7 +428,7 @@ SLOW static int resolve(struct uvas_arena *arena, uintptr_t address) {
 }
 
 QUICK int free_small(struct uvas_heap *heap, struct uvas_slab *slab, size_t offset) {
-    size_t index = index_in(slab, offset);
+    size_t index = uvas_slab_index(slab, offset);
     if (!LIKELY(index < atomic_load_explicit(&slab->run.count, memory_order_relaxed) &&
                 index * atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed) == offset)) {
         return -EINVAL; /* also where the slab is elsewhere now */
@@ -628,10 +524,12 @@ static void poison(const struct uvas_arena *arena, uintptr_t address) {
     struct uvas_run *run;
     uintptr_t base;
     size_t bytes;
-    if (region && locate(region, address, &run, &base, &bytes) && base == address) {
+    if (region && uvas_block_locate(region, address, &run, &base, &bytes) && base == address) {
         memset((void *)base, POISON, bytes);
     }
 }
+
+SLOW static int free_any(uvas_id id, uintptr_t address, bool wait);
 
 /* What is left to do outside. */
 SLOW static int free_ends(struct uvas_heap *heap, int rc, uvas_id id, uintptr_t address, bool wait) {
@@ -641,7 +539,7 @@ SLOW static int free_ends(struct uvas_heap *heap, int rc, uvas_id id, uintptr_t 
     if (rc == DOUBTFUL && wait) { /* who may not wait leaves it to whoever collects it: it is counted then */
         rc = resolve(heap->arena, address);
     }
-    return rc == -EINVAL ? not_live(address) : rc == -ESTALE ? free_any(id, address, wait) : 0;
+    return rc == -EINVAL ? uvas_block_not_live(address) : rc == -ESTALE ? free_any(id, address, wait) : 0;
 }
 
 SLOW static int free_any(uvas_id id, uintptr_t address, bool wait) {
@@ -692,60 +590,3 @@ int uvas_free_try(uvas_id arena, uintptr_t address) {
     return free_block(arena, address, false);
 }
 
-/* ---- another size -------------------------------------------------------------------------------------------------------------------------------------- */
-
-static int move(struct uvas_arena *arena, uvas_id id, uintptr_t address, size_t old_bytes, size_t size, uintptr_t *out) {
-    if (arena->flags & UVAS_ARENA_BARE) {
-        return uvas_fail_unsupported("moving a block of bare addresses", "allocate another one, and map there what is behind this one",
-                                     "the block at 0x%lx cannot have %zu bytes where it is, and the arena has nothing to copy", address, size);
-    }
-    uintptr_t moved;
-    int rc = uvas_alloc(id, size, 0, &moved);
-    if (rc < 0) {
-        return rc;
-    }
-    memcpy((void *)moved, (const void *)address, old_bytes < size ? old_bytes : size);
-    rc = uvas_free(id, address);
-    if (rc < 0) {
-        struct uvas_failure said = *uvas_last_failure();
-        (void)uvas_free(id, moved);
-        *uvas_fail(said.kind, said.code) = said;
-        return rc;
-    }
-    *out = moved;
-    return 0;
-}
-
-int uvas_realloc(uvas_id id, uintptr_t address, size_t size, uintptr_t *out) {
-    struct uvas_arena *arena = uvas_arena_get(id);
-    struct uvas_region *region = arena ? uvas_arena_region(arena, address) : NULL;
-    struct uvas_run *run;
-    uintptr_t base;
-    size_t bytes;
-    if (!arena) {
-        return -ESTALE;
-    }
-    if (size == 0 || size >> uvas_vm_platform.address_bits) {
-        return uvas_fail_invalid("a block cannot have 0x%zx bytes", size);
-    }
-    if (!region || !locate(region, address, &run, &base, &bytes) || base != address) {
-        return not_live(address);
-    }
-    bool small = uvas_run_state(run) == UVAS_RUN_SLAB, guarded = atomic_load_explicit(&run->guard, memory_order_relaxed) != 0;
-    bool stays = small ? size <= bytes && size > bytes / 2 : whole_pages(size) == bytes || stepped_pages(size) == bytes;
-    bool in_place = !stays && !small && !guarded; /* a large one that becomes a small one moves, unless there is no room */
-    if (in_place && size > UVAS_SMALL_MAX) {
-        stays = uvas_pages_resize(arena, run, whole_pages(size)) == 0;
-    }
-    if (!stays) {
-        int rc = move(arena, id, address, bytes, size, out);
-        if (rc == 0 || !in_place || (rc != -ENOMEM && rc != -ENOSPC)) {
-            return rc;
-        }
-        if (uvas_pages_resize(arena, run, whole_pages(size)) < 0) { /* what threads kept was called in: it may have been behind the block, or in the limit */
-            return rc;
-        }
-    }
-    *out = address;
-    return 0;
-}

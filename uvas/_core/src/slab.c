@@ -14,8 +14,6 @@
 
 #include "arena.h"
 
-#define RECIPROCAL_BITS 40 /* offset * (2^40 / size, rounded up) >> 40 is exact: the error is below 2^16 * 2^21 / 2^40 < 1 */
-
 size_t uvas_class_bytes(uint32_t class) {
     if (class < UVAS_CLASS_STEPS) {
         return 16 * ((size_t)class + 1);
@@ -95,7 +93,7 @@ static void lay_out(struct uvas_slab *slab, uint32_t class, size_t bytes, size_t
     slab->clean = !touched;
     atomic_store_explicit(&slab->run.block_bytes, (uint32_t)block_bytes, memory_order_relaxed);
     atomic_store_explicit(&slab->run.count, (uint32_t)count, memory_order_relaxed);
-    atomic_store_explicit(&slab->run.reciprocal, ((UINT64_C(1) << RECIPROCAL_BITS) + block_bytes - 1) / block_bytes, memory_order_relaxed);
+    atomic_store_explicit(&slab->run.reciprocal, ((UINT64_C(1) << UVAS_RECIPROCAL_BITS) + block_bytes - 1) / block_bytes, memory_order_relaxed);
     assert(bytes / block_bytes >= count && count <= 64 * (size_t)slab->run.words);
     slab->summary = 0;
     for (uint32_t word = 0; word < slab->run.words; word++) {
