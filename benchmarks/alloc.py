@@ -105,22 +105,30 @@ def measure(
     """
     measured: Rounds = {}
     failed: dict[str, str] = {}
-    for work in chosen:
-        label = f"{work.target} {work.name}"
-        print(label, file=sys.stderr)
-        keys = work.keys(int(work.operations * share) or work.long or 1)
-        for _ in range(rounds):
-            for one in running:
-                if f"{one.name} at {label}" in failed or not work.suits(one):
-                    continue
-                try:
-                    result = one.run(*keys)
-                except FailedError as why:
-                    failed[f"{one.name} at {label}"] = str(why)
-                    print(f"  {one.name}: {why}", file=sys.stderr)
-                else:
-                    measured.setdefault((label, one.name), []).append(result)
+    try:
+        for work in chosen:
+            print(f"{work.target} {work.name}", file=sys.stderr)
+            for _ in range(rounds):
+                _turn(work, running, share, measured, failed)
+    except KeyboardInterrupt:
+        print("interrupted: what has been measured is written", file=sys.stderr)
     return measured, failed
+
+
+def _turn(work: Workload, running: Sequence[Allocator], share: float, measured: Rounds, failed: dict[str, str]) -> None:
+    """Have each allocator do a workload once; who failed at it is not asked again."""
+    label = f"{work.target} {work.name}"
+    keys = work.keys(int(work.operations * share) or work.long or 1)
+    for one in running:
+        if f"{one.name} at {label}" in failed or not work.suits(one):
+            continue
+        try:
+            result = one.run(*keys)
+        except FailedError as why:
+            failed[f"{one.name} at {label}"] = str(why)
+            print(f"  {one.name}: {why}", file=sys.stderr)
+        else:
+            measured.setdefault((label, one.name), []).append(result)
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float]:

@@ -142,18 +142,18 @@ def a8(into: Rounds, running: list[PythonAllocator], rounds: int, count: int) ->
     for _ in range(rounds):
         for size, about in ((64, "64 B"), (8192, "8 KiB")):
             for one in running:
-                _time(into, f"A8 alloc + free, {about}", one.name, count, _pairs(one, size))
+                _time(into, f"A8 Python: alloc + free, {about}", one.name, count, _pairs(one, size))
         for one in running:
-            _time(into, "A8 1,000 at once, 64 B, each", one.name, 15 * len(sizes), _many(one, sizes))
+            _time(into, "A8 Python: 1,000 at once, 64 B, each", one.name, 15 * len(sizes), _many(one, sizes))
         for what, empty in empties.items():
             if empty:
-                _time(into, "A8 empty((1024,))", what, count, _empties(empty))
+                _time(into, "A8 Python: empty((1024,))", what, count, _empties(empty))
         with busy_thread():  # by the clock on the wall: it is the waiting for the GIL that is asked for
             for one in running:
                 began = time.perf_counter_ns()
                 one.pairs(64, 5 * count)
                 waited = (time.perf_counter_ns() - began) / (5 * count)
-                label = "A8 alloc + free, 64 B, beside a busy thread"
+                label = "A8 Python: alloc + free, 64 B, beside a busy thread"
                 into.setdefault((label, one.name), []).append({"ns": waited})
 
 
@@ -194,10 +194,10 @@ def a7(into: Rounds, rounds: int, count: int) -> None:
                         if not ((a + b) == a[-1]).all() or (2 * a + 1)[-1] != 2 * a[-1] + 1:
                             raise AssertionError(f"{what}: NumPy does not add")
                     elif not mib:
-                        _time(into, "A7 np.empty(1024)", what, count, _empties(np.empty))
+                        _time(into, "A7 under NumPy: np.empty(1024)", what, count, _empties(np.empty))
                     else:
-                        _time(into, f"A7 a + b, {mib} MiB", what, times, _plus(a, b))
-                        _time(into, f"A7 2 * a + 1, {mib} MiB", what, times, _twice_plus_one(a))
+                        _time(into, f"A7 under NumPy: a + b, {mib} MiB", what, times, _plus(a, b))
+                        _time(into, f"A7 under NumPy: 2 * a + 1, {mib} MiB", what, times, _twice_plus_one(a))
 
 
 def main() -> None:

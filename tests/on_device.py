@@ -55,6 +55,13 @@ def total(array: np.ndarray) -> float:
     return array.sum().item()
 
 
+def total_and_own(array: np.ndarray) -> tuple[int, bool]:
+    """Add up, and tell whether an array made here is in unified memory."""
+    import uvas
+
+    return int(array.sum()), uvas.is_unified(uvas.ones(10))
+
+
 def walk(address: int) -> list[int]:
     """Follow a linked list of (next, value) pairs of 64-bit integers, by address alone."""
     values = []

@@ -28,7 +28,7 @@ from uvas._core._allocation import Allocation as Allocation
 from uvas.devices.adapter import raise_answer
 from uvas.devices.transport import address_of
 from uvas.errors import OutOfMemoryError, ReleasedError
-from uvas.leases import enqueue, generation, live, represent, start_reaper, work_off
+from uvas.leases import ReservationTrace, enqueue, generation, live, put_errand, represent, start_reaper, work_off
 from uvas.ranges import Range
 from uvas.reports import AllocationInfo, ArenaStats
 from uvas.reservation import Reservation, as_elements, as_size
@@ -154,6 +154,10 @@ class Region(Reservation):
         self._cell.id, self._cell.base, self._cell.size = found.id, found.base, found.size
         self._settle()
 
+    def _settle(self) -> None:
+        self._base, self._size = self._cell.base, self._cell.size
+        live[self._cell.id] = _RegionTrace.of(self, self._cell, None)
+
     def _unleased(self, call: Callable[[], int], start: int, size: int) -> None:
         arena = self._arena()
         if arena is None or arena.backing == "auto":
@@ -182,25 +186,32 @@ class Region(Reservation):
         pass
 
     def __del__(self) -> None:
-        live.pop(self._cell.id, None)
-        self._cell.id = 0  # its trace has nothing to end
+        """Do nothing: the arena ends it."""
 
 
-class _Later:
-    """What finalizers call: they leave blocks to be freed, and an arena to be closed after its last block."""
+class _RegionTrace(ReservationTrace):
+    """Of a `Region`: it ends nothing."""
+
+    __slots__ = ()
+
+    def end(self) -> None:
+        """Forget it."""
+        live.pop(self.cell.id, None)
+
+
+class _Close:
+    """Closes an arena after its last block, if it has not been closed, and then what waited for it."""
 
     __slots__ = ("_home",)
 
     def __init__(self, home: AddressSpace | Reservation) -> None:
         self._home = home
 
-    def __call__(self, subject: Any, address: int) -> None:
-        if address:
-            enqueue((subject.settle, address, subject))
-        else:
-            enqueue((lib.uvas_arena_close, subject, self._home))
-            for errand in self._home.when_unused():
-                enqueue(errand)
+    def __call__(self, identity: int) -> int:
+        code = int(lib.uvas_arena_close(identity))
+        for function, waiting, _alive in self._home.when_unused():
+            function(waiting)
+        return code
 
 
 class Measurement:
@@ -387,7 +398,7 @@ class Arena(core.Allocator):
             options.exhausted, options.context = lib.uvas_py_exhausted, ffi.cast("void *", self._key)
             _asked[self._key] = self
         work_off()
-        block_source = core.Core(_Later(home))
+        block_source = core.Core(put_errand(), _Close(home))
         code = block_source.open(int(ffi.cast("uintptr_t", options)))
         if code < 0:
             raise raise_answer(code)
@@ -605,7 +616,7 @@ class Arena(core.Allocator):
             self._core.retire()
             self._exhausted = None
             start_reaper()
-            enqueue((lib.uvas_arena_close, self._core.id, self._home))  # the last block may have gone meanwhile
+            enqueue((_Close(self._home), self._core.id, None))  # the last block may have gone meanwhile
         elif code < 0 and error is None:
             raise raise_answer(code)
 

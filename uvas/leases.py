@@ -120,6 +120,11 @@ def enqueue(errand: Errand) -> None:
     _process.errands.put(errand)
 
 
+def put_errand() -> Callable[[Any], object]:
+    """Return the function of C that puts an errand on this process's queue."""
+    return _process.errands.put
+
+
 def work_off() -> None:
     """Do what finalizers left."""
     errands = _process.errands

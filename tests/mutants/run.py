@@ -27,6 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterable
@@ -37,7 +38,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from uvas._core.build import COMPILE, LIBRARY_FILE, LINK
+from uvas._core.build import COMPILE, FREE_THREADED, LIBRARY_FILE, LIMITED_API, LINK
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[1]
@@ -178,11 +179,23 @@ class Workshop:
         compiler = shlex.split(os.environ.get("CC", "gcc"))
         subprocess.run([*compiler, *sorted(objects.glob("*.o")), *LINK, "-o", target], check=True, capture_output=True)
 
+    def build_module(self, copy: Path, source: Path) -> None:
+        """Put one of the modules that are written by hand into a copy."""
+        target = next(source.parent.glob(f"{source.stem}.*.so"))
+        limited = [] if FREE_THREADED else [f"-DPy_LIMITED_API={LIMITED_API}"]
+        include = [f"-I{copy / CORE / 'include'}", f"-I{sysconfig.get_path('include')}"]
+        link = ["-shared", source, "-L", source.parent, "-luvas", "-Wl,-rpath,$ORIGIN", "-o", target]
+        compiler = shlex.split(os.environ.get("CC", "gcc"))
+        target.unlink()
+        subprocess.run([*compiler, "-O2", "-fPIC", "-w", *limited, *include, *link], check=True, capture_output=True)
+
     def mutate(self, mutant: Mutant) -> Path:
         """Make a copy with the patch in it, and built."""
         copy = self.copy(mutant.name)
         subprocess.run(["git", "apply", "-C1", mutant.patch], cwd=copy, check=True, capture_output=True)
-        sources = [copy / file for file in mutant.files if file.suffix == ".c"]
+        for module in (copy / file for file in mutant.files if file.suffix == ".c" and file.parent == CORE):
+            self.build_module(copy, module)
+        sources = [copy / file for file in mutant.files if file.suffix == ".c" and file.parent != CORE]
         if sources and not mutant.killer.in_c:  # the C tests compile the core themselves
             objects = self.directory / f"{mutant.name}.objects"
             shutil.copytree(self.objects, objects)

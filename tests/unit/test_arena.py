@@ -590,6 +590,23 @@ def test_transparent_pages_poison_and_no_idle_time(space: uvas.AddressSpace) -> 
         assert arena.stats().reserved_bytes == 64 * MIB
 
 
+@pytest.mark.parametrize("options", [{"freed": "poisoned"}, {"guard": "large"}])
+def test_what_finalizers_may_not_wait_for_is_done_by_the_next_verb(
+    space: uvas.AddressSpace, options: dict[str, str]
+) -> None:
+    with uvas.Arena(space, limit=2 * MIB, **options) as arena:  # type: ignore[arg-type]
+        for _ in range(5):
+            arena.alloc(MIB + MIB // 2)  # dropped, and the next one has room
+        array = arena.alloc(MIB).numpy("u1")
+        array[:] = 1
+        del array
+        assert arena.stats().live_blocks == 0
+        arena.alloc(1000)
+        arena.check()
+        assert arena.stats().live_blocks == 0
+        arena.alloc(1000)
+
+
 def test_a_guard_page_stands_behind_a_large_block() -> None:
     program = """
 import numpy as np, uvas

@@ -1,24 +1,20 @@
-"""Other people's libraries: over the same memory without a copy, or with all of NumPy's allocations from an arena."""
+"""Other people's libraries: over the same memory without a copy, or with all of NumPy's allocations from an arena.
+
+Each runs in a process of its own (this file, with the name of a function): they start threads, and some forbid a fork
+from then on.
+"""
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 import uvas
-
-
-@pytest.fixture
-def arena(space: uvas.AddressSpace) -> Iterator[uvas.Arena]:
-    """An arena, which closes when the last library has let go."""
-    with uvas.Arena(space, name="libraries") as one:
-        yield one
-        gc.collect()
 
 
 def numbers_in(arena: uvas.Arena) -> np.ndarray:
@@ -28,8 +24,9 @@ def numbers_in(arena: uvas.Arena) -> np.ndarray:
     return numbers
 
 
-def test_torch_takes_the_memory_itself(arena: uvas.Arena) -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+def torch_takes_the_memory_itself(arena: uvas.Arena) -> None:
+    import torch
+
     array = numbers_in(arena)
     for take in (torch.from_dlpack, torch.from_numpy, torch.as_tensor):
         tensor = take(array)
@@ -42,10 +39,6 @@ def test_torch_takes_the_memory_itself(arena: uvas.Arena) -> None:
         assert uvas.is_unified(back)
         assert back.ctypes.data == array.ctypes.data
         del tensor, back
-
-
-def test_a_tensor_keeps_the_block(arena: uvas.Arena) -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     block = arena.alloc(800)
     tensor = torch.from_dlpack(block.numpy("f8"))
     with pytest.raises(BufferError):
@@ -54,8 +47,9 @@ def test_a_tensor_keeps_the_block(arena: uvas.Arena) -> None:
     block.free()
 
 
-def test_jax_takes_the_memory_itself(arena: uvas.Arena) -> None:
-    jax = pytest.importorskip("jax", reason="JAX is not installed")
+def jax_takes_the_memory_itself(arena: uvas.Arena) -> None:
+    import jax
+
     array = numbers_in(arena)
     numbers = array.view("f4")
     numbers[:] = np.arange(2000)
@@ -63,34 +57,45 @@ def test_jax_takes_the_memory_itself(arena: uvas.Arena) -> None:
     assert seen.unsafe_buffer_pointer() == array.ctypes.data
     assert float(seen.sum()) == 1_999_000
     assert np.asarray(seen).ctypes.data == array.ctypes.data
-    del seen
 
 
-def test_arrow_takes_the_memory_itself(arena: uvas.Arena) -> None:
-    arrow = pytest.importorskip("pyarrow", reason="Arrow is not installed")
+def pyarrow_takes_the_memory_itself(arena: uvas.Arena) -> None:
+    import pyarrow as arrow
+
     array = numbers_in(arena)
     column = arrow.array(array)
     assert column.buffers()[1].address == array.ctypes.data
     assert arrow.py_buffer(array).address == array.ctypes.data
     assert column.to_numpy(zero_copy_only=True).ctypes.data == array.ctypes.data
     assert sum(column.to_pylist()) == 499_500
-    del column
 
 
-def test_pandas_takes_the_memory_itself(arena: uvas.Arena) -> None:
-    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+def pandas_takes_the_memory_itself(arena: uvas.Arena) -> None:
+    import pandas
+
     array = numbers_in(arena)
     series = pandas.Series(array, copy=False)
     assert np.shares_memory(series.to_numpy(), array)
     assert series.sum() == 499_500
-    del series
 
 
-def test_numpy_by_dlpack_and_buffer(arena: uvas.Arena) -> None:
-    array = numbers_in(arena)
-    assert np.from_dlpack(array).ctypes.data == array.ctypes.data
-    assert np.frombuffer(memoryview(array)).ctypes.data == array.ctypes.data
-    assert array.__dlpack_device__() == (1, 0)
+@pytest.mark.parametrize("library", ["torch", "jax", "pyarrow", "pandas"])
+def test_takes_the_memory_itself(library: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    command = [sys.executable, __file__, f"{library}_takes_the_memory_itself"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("good\n")
+
+
+def test_numpy_by_dlpack_and_buffer(space: uvas.AddressSpace) -> None:
+    with uvas.Arena(space) as arena:
+        array = numbers_in(arena)
+        assert np.from_dlpack(array).ctypes.data == array.ctypes.data
+        assert np.frombuffer(memoryview(array)).ctypes.data == array.ctypes.data
+        assert array.__dlpack_device__() == (1, 0)
+        del array
 
 
 PANDAS_AND_SCIKIT_LEARN = """
@@ -129,8 +134,16 @@ print("good", pandas.__version__, sklearn.__version__)
 
 @pytest.mark.slow
 def test_pandas_and_scikit_learn_run_on_an_arena() -> None:
-    pytest.importorskip("pandas", reason="pandas is not installed")
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    for library in ("pandas", "sklearn"):
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"{library} is not installed")
     done = subprocess.run([sys.executable, "-c", PANDAS_AND_SCIKIT_LEARN], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("good")
+
+
+if __name__ == "__main__":
+    with uvas.AddressSpace() as the_space, uvas.Arena(the_space) as the_arena:
+        globals()[sys.argv[1]](the_arena)
+        gc.collect()
+    print("good")

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
+import on_device
 import pytest
 from machine import MIB
 
@@ -105,6 +106,15 @@ def test_resize_keeps_what_fits(arena: uvas.Arena) -> None:
             assert is_from(array, arena)
         del before, array
         assert np.fromiter((i for i in range(10_000)), int).sum() == 49_995_000
+
+
+def test_numpy_calls_without_the_gil_too(arena: uvas.Arena) -> None:
+    text = " ".join(map(str, range(200_000)))
+    with uvas.numpy_allocator(arena):
+        array = np.fromstring(text, int, sep=" ")
+        assert (array == np.arange(200_000)).all()
+        assert is_from(array, arena)
+    del array
 
 
 def test_arrays_outlive_the_block_and_keep_the_arena(space: uvas.AddressSpace) -> None:
@@ -283,18 +293,13 @@ def test_two_threads_of_a_child_agree_on_its_arena(arena: uvas.Arena) -> None:
         in_child(child)
 
 
-def total_there(array: np.ndarray) -> tuple[int, bool]:
-    """Run in another process."""
-    return int(array.sum()), uvas.is_unified(uvas.ones(10))
-
-
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_multiprocessing(arena: uvas.Arena, method: str) -> None:
     with uvas.numpy_allocator(arena):
         array = np.arange(1000)
         with multiprocessing.get_context(method).Pool(2) as pool:
-            assert pool.map(total_there, [array] * 4) == [(499_500, True)] * 4
+            assert pool.map(on_device.total_and_own, [array] * 4) == [(499_500, True)] * 4
     del array
 
 

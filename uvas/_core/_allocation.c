@@ -8,7 +8,7 @@
  *
  * A block refers to the core and not to the Arena, which may have a callback that refers to blocks: so there is no cycle, and blocks need no garbage
  * collection. Allocating and freeing keep the GIL and never wait with it: they try, and where the core would wait they give the GIL up first. A
- * finalizer may not do that. It calls `later`, which puts the block on a queue.
+ * finalizer may not do that. It puts the block on a queue.
  *
  * Limited API. What two threads may do to one object at the same time is decided by atomics, not by the GIL.
  */
@@ -28,7 +28,8 @@
 typedef struct {
     PyObject_HEAD
     uvas_id id; /* C writes it here: no signal can come between its making and its keeping */
-    PyObject *later; /* later(core, address): free this block; later(id, 0): the last block is gone */
+    PyObject *put;   /* puts an errand (function, number, what must live until then) on the queue of finalizers; of C, so that no interrupt comes between */
+    PyObject *close; /* the function that closes the arena with an id, if it can be closed */
     atomic_int closing;  /* no more blocks: closed, or to be closed when the last block goes */
     atomic_int retired;  /* to be closed when the last block goes */
     atomic_size_t users; /* allocators of NumPy that ask it for memory */
@@ -110,11 +111,11 @@ static int as_number(PyObject *object, size_t *out) {
     return 1;
 }
 
-/* For finalizers: an exception that is on its way stays, and none is added. */
-static void leave_for_later(PyObject *later, PyObject *subject, unsigned long long address) {
+/* For finalizers: leaves an errand for others. An exception that is on its way stays, and none is added. */
+static void leave_for_later(PyObject *put, PyObject *function, unsigned long long number, PyObject *alive) {
     PyObject *kind, *error, *trace;
     PyErr_Fetch(&kind, &error, &trace);
-    PyObject *done = subject ? PyObject_CallFunction(later, "OK", subject, address) : NULL;
+    PyObject *done = function ? PyObject_CallFunction(put, "((OKO))", function, number, alive) : NULL;
     if (!done) {
         PyErr_Clear(); /* an interpreter that has taken itself apart: the process ends, and the memory with it */
     }
@@ -124,30 +125,31 @@ static void leave_for_later(PyObject *later, PyObject *subject, unsigned long lo
 
 /* ---- Core --------------------------------------------------------------------------------------------------------------------------------- */
 
-PyDoc_STRVAR(core_doc, "Core(later, /)\n--\n\nAn arena of the C core. later(core, address) and later(id, 0) are called by finalizers.");
+PyDoc_STRVAR(core_doc, "Core(put, close, /)\n--\n\n"
+                       "An arena of the C core. Finalizers call put((close, id, None)) after its last block, and put((settle, address, core)).");
 
 static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *names) {
-    PyObject *later;
+    PyObject *put, *close;
     if (names && PyDict_Size(names)) {
         return PyErr_Format(PyExc_TypeError, "Core() takes no keyword arguments");
     }
-    if (!PyArg_ParseTuple(arguments, "O", &later)) {
+    if (!PyArg_ParseTuple(arguments, "OO", &put, &close)) {
         return NULL;
     }
     Core *self = (Core *)PyType_GenericAlloc(type, 0);
     if (self) {
-        self->later = Py_NewRef(later);
+        self->put = Py_NewRef(put);
+        self->close = Py_NewRef(close);
     }
     return (PyObject *)self;
 }
 
 static void core_dealloc(Core *self) {
-    if (self->id && self->later) {
-        PyObject *id = PyLong_FromUnsignedLongLong(self->id);
-        leave_for_later(self->later, id, 0);
-        Py_XDECREF(id);
+    if (self->id && self->put) {
+        leave_for_later(self->put, self->close, self->id, Py_None);
     }
-    Py_XDECREF(self->later);
+    Py_XDECREF(self->put);
+    Py_XDECREF(self->close);
     end_object(self);
 }
 
@@ -221,9 +223,7 @@ static PyObject *core_use(Core *self, PyObject *argument) {
     }
     size_t users = atomic_fetch_add(&self->users, (size_t)difference) + (size_t)difference;
     if (difference < 0 && atomic_load(&self->retired)) {
-        PyObject *id = PyLong_FromUnsignedLongLong(self->id);
-        leave_for_later(self->later, id, 0);
-        Py_XDECREF(id);
+        leave_for_later(self->put, self->close, self->id, Py_None);
     }
     return PyLong_FromSize_t(users);
 }
@@ -300,16 +300,16 @@ static void give_back_or_owe(Block *self) {
     Core *core = self->core;
     if (uvas_free_try(core->id, (uintptr_t)self->base) == -EAGAIN) {
         atomic_fetch_add(&core->owed, 1);
-        leave_for_later(core->later, (PyObject *)core, self->base);
+        PyObject *settle = PyObject_GetAttrString((PyObject *)core, "settle");
+        leave_for_later(core->put, settle, self->base, (PyObject *)core);
+        Py_XDECREF(settle);
     }
 }
 
 /* After a block of an arena that was left by `with` has gone: it may have been the last. */
 static void close_if_last(Core *core) {
     if (atomic_load_explicit(&core->retired, memory_order_relaxed)) {
-        PyObject *id = PyLong_FromUnsignedLongLong(core->id);
-        leave_for_later(core->later, id, 0);
-        Py_XDECREF(id);
+        leave_for_later(core->put, core->close, core->id, Py_None);
     }
 }
 

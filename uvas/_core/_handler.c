@@ -2,7 +2,8 @@
  *
  * NumPy takes a table of functions in a capsule, keeps the capsule in a context variable, and lets every array that it makes keep the capsule as well,
  * to free the array's memory with. The table's layout and the places of two functions in NumPy's own table are its stable interface; they are
- * written down here, so that building needs no NumPy. NumPy calls the functions with the GIL held; they keep it, and give it up where they would wait.
+ * written down here, so that building needs no NumPy. NumPy calls the functions with the GIL, which they keep, and give up where they would wait; or
+ * without it.
  *
  * In a forked child the arena is the parent's: its blocks are left alone, and new ones come from an arena of the child's own, one a process, made by
  * whoever needs it first. Both arenas' blocks may be freed through the same table.
@@ -18,6 +19,7 @@
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -51,6 +53,22 @@ struct handler {
 };
 
 #define ZEROED_HERE ((size_t)32 << 10) /* bytes that are quicker filled with zeros than asked for in a call that gives the GIL up */
+
+/* ---- the GIL ------------------------------------------------------------------------------------------------------------------------------ */
+
+/* Not of the limited API, and there in every Python. Where it should be missing, the GIL is kept while we wait. */
+extern int PyGILState_Check(void) __attribute__((weak));
+
+/* NumPy calls without the GIL as well: when text is read into an array that grows, for one. */
+static PyThreadState *give_up(void) {
+    return PyGILState_Check && PyGILState_Check() ? PyEval_SaveThread() : NULL;
+}
+
+static void take_back(PyThreadState *thread) {
+    if (thread) {
+        PyEval_RestoreThread(thread);
+    }
+}
 
 /* ---- the arena of a forked child ---------------------------------------------------------------------------------------------------------- */
 
@@ -101,9 +119,9 @@ static uvas_id own_arena(void) {
         return 0;
     }
     int rc;
-    Py_BEGIN_ALLOW_THREADS
+    PyThreadState *thread = give_up();
     rc = open_own(own);
-    Py_END_ALLOW_THREADS
+    take_back(thread);
     if (rc < 0) {
         free(own);
         return 0;
@@ -112,10 +130,10 @@ static uvas_id own_arena(void) {
     struct own *before = atomic_load(&latest_own);
     do {
         if (before && before->generation == own->generation) { /* another thread was first */
-            Py_BEGIN_ALLOW_THREADS
+            PyThreadState *thread = give_up();
             (void)uvas_arena_close(own->arena);
             (void)uvas_space_close(own->space);
-            Py_END_ALLOW_THREADS
+            take_back(thread);
             free(own);
             return before->arena;
         }
@@ -139,9 +157,9 @@ static void *take(uvas_id arena, size_t size) {
     uintptr_t base = 0;
     int rc = arena ? uvas_alloc_try(arena, size, 0, &base) : -ENOMEM;
     if (rc == -EAGAIN) {
-        Py_BEGIN_ALLOW_THREADS
+        PyThreadState *thread = give_up();
         rc = uvas_alloc(arena, size, 0, &base);
-        Py_END_ALLOW_THREADS
+        take_back(thread);
     }
     return rc == 0 ? (void *)base : NULL;
 }
@@ -164,9 +182,9 @@ static void *handler_calloc(void *context, size_t count, size_t element) {
     uintptr_t base = 0;
     int rc = -ENOMEM;
     if (arena) {
-        Py_BEGIN_ALLOW_THREADS
+        PyThreadState *thread = give_up();
         rc = uvas_alloc_zeroed(arena, size, 0, &base);
-        Py_END_ALLOW_THREADS
+        take_back(thread);
     }
     return rc == 0 ? (void *)base : NULL;
 }
@@ -174,9 +192,9 @@ static void *handler_calloc(void *context, size_t count, size_t element) {
 static int give(uvas_id arena, uintptr_t base) {
     int rc = uvas_free_try(arena, base);
     if (rc == -EAGAIN) {
-        Py_BEGIN_ALLOW_THREADS
+        PyThreadState *thread = give_up();
         rc = uvas_free(arena, base);
-        Py_END_ALLOW_THREADS
+        take_back(thread);
     }
     return rc;
 }
@@ -207,7 +225,7 @@ static void handler_free(void *context, void *pointer, size_t size) {
     size_t bytes;
     (void)size; /* what NumPy says it was is not always what it asked for */
     if (pointer && !inherited(handler, (uintptr_t)pointer, &bytes) && give(arena_of(handler), (uintptr_t)pointer) < 0) {
-        PySys_WriteStderr("uvas: NumPy freed %p, which is no live block of its arena\n", pointer);
+        (void)fprintf(stderr, "uvas: NumPy freed %p, which is no live block of its arena\n", pointer);
     }
 }
 
@@ -225,9 +243,9 @@ static void *handler_realloc(void *context, void *pointer, size_t size) {
     uvas_id arena = arena_of(handler);
     uintptr_t base = 0;
     int rc;
-    Py_BEGIN_ALLOW_THREADS
+    PyThreadState *thread = give_up();
     rc = uvas_realloc(arena, (uintptr_t)pointer, size, &base);
-    Py_END_ALLOW_THREADS
+    take_back(thread);
     return rc == 0 ? (void *)base : NULL;
 }
 

@@ -228,6 +228,7 @@ struct uvas_heap {
     uint64_t late_frees;
     size_t kept_bytes;
     uint32_t visits; /* of slower ways */
+    bool due; /* some memory has been idle for long, and who noticed might not wait */
     uint32_t kept_next; /* where the next kept run goes */
     size_t kept_sizes[UVAS_KEPT_RUNS]; /* 0: none is kept there */
     struct uvas_run *kept[UVAS_KEPT_RUNS];
@@ -293,7 +294,7 @@ int uvas_pages_resize(struct uvas_arena *arena, struct uvas_run *run, size_t byt
 void uvas_pages_collect(struct uvas_arena *arena); /* all that threads keep is the arena's again. Outside; shuts the doors */
 bool uvas_pages_idle(const struct uvas_arena *arena); /* some hole has been idle for long. Under lock */
 uint64_t uvas_pages_now(void); /* ns, of a coarse clock */
-/* A run that is nobody's joins the holes beside it. `run` describes the result, which is idle from now on. Under lock. */
+/* A run that is nobody's joins the holes beside it. `run` describes the result, which has been idle as long as its largest part. Under lock. */
 void uvas_pages_join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_region *region, uintptr_t base, size_t bytes);
 void uvas_pages_make_hole(struct uvas_arena *arena, struct uvas_run *run, struct uvas_region *region, uintptr_t base, size_t bytes); /* under lock */
 

@@ -183,9 +183,12 @@ static bool comes_by(struct uvas_heap *heap) {
     return idle;
 }
 
-/* Outside. */
-static void trim_idle(struct uvas_arena *arena) {
-    (void)uvas_trim_holes(arena, uvas_pages_now() - arena->idle_ns, 1);
+/* Outside, by the heap's thread. Who may not wait leaves it to its next call that may. */
+static void see_to_idle(struct uvas_heap *heap, bool wait) {
+    heap->due = !wait;
+    if (wait) {
+        (void)uvas_trim_holes(heap->arena, uvas_pages_now() - heap->arena->idle_ns, 1);
+    }
 }
 
 /* ---- large blocks ---------------------------------------------------------------------------------------------------------------------------------- */
@@ -360,10 +363,10 @@ static int alloc_small(struct uvas_heap *heap, const struct ask *ask, uint32_t c
             size_t bytes = uvas_class_bytes(class);
             *out = take(slab);
             bool fresh = slab->clean && slab->high > high; /* never handed out before, so zero */
-            bool idle = ask->wait && comes_by(heap);
+            bool idle = comes_by(heap);
             uvas_heap_leave(heap);
             if (idle) {
-                trim_idle(heap->arena);
+                see_to_idle(heap, ask->wait);
             }
             if (ask->zero && !fresh) {
                 memset((void *)*out, 0, bytes);
@@ -420,6 +423,12 @@ SLOW static int alloc_any(uvas_id id, size_t size, size_t align, unsigned how, u
     }
     if (ask.zero && (heap->arena->flags & UVAS_ARENA_BARE)) {
         return uvas_fail_invalid("an arena of bare addresses has no bytes to zero");
+    }
+    if (heap->due) {
+        if (!ask.wait) {
+            return -EAGAIN;
+        }
+        see_to_idle(heap, true);
     }
     rc = try_alloc(heap, &ask, out);
     if ((rc == -ENOMEM || rc == -ENOSPC || rc == -EDQUOT) && heap->arena->exhausted) {
@@ -625,12 +634,12 @@ static void poison(const struct uvas_arena *arena, uintptr_t address) {
 }
 
 /* What is left to do outside. */
-SLOW static int free_ends(struct uvas_arena *arena, int rc, uvas_id id, uintptr_t address, bool wait) {
-    if (rc == GIVE_IDLE && wait) {
-        trim_idle(arena);
+SLOW static int free_ends(struct uvas_heap *heap, int rc, uvas_id id, uintptr_t address, bool wait) {
+    if (rc == GIVE_IDLE) {
+        see_to_idle(heap, wait);
     }
     if (rc == DOUBTFUL && wait) { /* who may not wait leaves it to whoever collects it: it is counted then */
-        rc = resolve(arena, address);
+        rc = resolve(heap->arena, address);
     }
     return rc == -EINVAL ? not_live(address) : rc == -ESTALE ? free_any(id, address, wait) : 0;
 }
@@ -658,7 +667,7 @@ SLOW static int free_any(uvas_id id, uintptr_t address, bool wait) {
     }
     rc = free_inside(heap, address, &run);
     uvas_heap_leave(heap);
-    return rc == WANTS_OUTSIDE ? free_guarded(arena, run) : free_ends(arena, rc, id, address, wait);
+    return rc == WANTS_OUTSIDE ? free_guarded(arena, run) : free_ends(heap, rc, id, address, wait);
 }
 
 QUICK int free_block(uvas_id id, uintptr_t address, bool wait) {
@@ -668,12 +677,11 @@ QUICK int free_block(uvas_id id, uintptr_t address, bool wait) {
     }
     int rc = -ESTALE;
     struct uvas_run *run;
-    struct uvas_arena *arena = heap->arena;
     if (LIKELY(atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id)) {
         rc = free_inside(heap, address, &run);
     }
     uvas_heap_leave(heap);
-    return LIKELY(rc == 0) ? 0 : free_ends(arena, rc, id, address, wait);
+    return LIKELY(rc == 0) ? 0 : free_ends(heap, rc, id, address, wait);
 }
 
 int uvas_free(uvas_id arena, uintptr_t address) {

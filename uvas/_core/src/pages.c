@@ -50,23 +50,32 @@ void uvas_pages_make_hole(struct uvas_arena *arena, struct uvas_run *run, struct
     uvas_holes_add(&arena->holes, run);
 }
 
-/* A run that is nobody's joins the holes beside it. `run` describes the result, which is idle from now on. */
+/* A neighbour that is a hole goes into the one that is being made: its bytes, and if it is the largest part, since when it has been idle. */
+static void absorb(struct uvas_arena *arena, struct uvas_run *hole, size_t *largest, uint64_t *since) {
+    if (uvas_run_bytes(hole) > *largest && hole->idle_since) {
+        *largest = uvas_run_bytes(hole);
+        *since = hole->idle_since;
+    }
+    uvas_holes_remove(&arena->holes, hole);
+    forget_run(hole);
+}
+
 void uvas_pages_join(struct uvas_arena *arena, struct uvas_run *run, struct uvas_region *region, uintptr_t base, size_t bytes) {
     struct uvas_run *before = hole_at(region, base - 1), *after = hole_at(region, base + bytes);
+    size_t largest = bytes;
+    uint64_t since = 0; /* now */
     if (before) {
-        uvas_holes_remove(&arena->holes, before);
         base = uvas_run_base(before);
         bytes += uvas_run_bytes(before);
-        forget_run(before);
+        absorb(arena, before, &largest, &since);
     }
     if (after) {
-        uvas_holes_remove(&arena->holes, after);
         bytes += uvas_run_bytes(after);
-        forget_run(after);
+        absorb(arena, after, &largest, &since);
     }
     uvas_pages_make_hole(arena, run, region, base, bytes);
     if (bytes >= UVAS_SPAN && !(arena->flags & UVAS_ARENA_BARE)) {
-        uvas_holes_note_idle(&arena->holes, run, uvas_pages_now());
+        uvas_holes_note_idle(&arena->holes, run, since ? since : uvas_pages_now());
     }
 }
 
