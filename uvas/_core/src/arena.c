@@ -242,6 +242,9 @@ int uvas_arena_close(uvas_id id) {
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
         uvas_heap_empty(heap);
     }
+    if (!arena->emptying) {
+        uvas_heap_gather(&arena->resting); /* who had read that a slab rests may have pushed it there after it was taken back */
+    }
     uvas_heap_empty(&arena->orphans);
     detach_heaps(arena);
     (void)pthread_mutex_unlock(&arena->lock);

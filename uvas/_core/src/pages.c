@@ -221,6 +221,9 @@ void uvas_pages_collect(struct uvas_arena *arena) {
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
         uvas_heap_empty(heap);
     }
+    if (!arena->emptying) {
+        uvas_heap_gather(&arena->resting); /* who had read that a slab rests may have pushed it there after it was taken back */
+    }
     uvas_heap_empty(&arena->orphans);
     (void)pthread_mutex_unlock(&arena->lock);
     uvas_doors_open(arena);
