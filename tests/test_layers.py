@@ -25,6 +25,7 @@ LAYERS = [  # from the ground up; a module imports from its own layer's left or 
     {"uvas.reports"},
     {"uvas.reservation"},
     {"uvas.space"},
+    {"uvas.region", "uvas.allocation", "uvas.measurement"},
     {"uvas.arena"},
     {"uvas.numpy_memory"},
     {"uvas.arrays"},

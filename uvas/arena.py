@@ -8,30 +8,33 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from errno import EBUSY, EDQUOT, ENOMEM, ENOSPC, ESTALE
 from itertools import count
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from uvas._core import allocation as core
 from uvas._core import fast, ffi, lib
-from uvas._core._allocation import Allocation as Allocation
+from uvas.allocation import Allocation as Allocation
+from uvas.allocation import arenas
 from uvas.devices.adapter import raise_answer
 from uvas.devices.transport import address_of
 from uvas.errors import OutOfMemoryError, ReleasedError
-from uvas.leases import ReservationTrace, enqueue, generation, live, put_errand, represent, start_reaper, work_off
+from uvas.leases import enqueue, generation, put_errand, represent, start_reaper, work_off
+from uvas.measurement import Measurement as Measurement
+from uvas.measurement import Measuring
 from uvas.ranges import Range
+from uvas.region import Region
 from uvas.reports import AllocationInfo, ArenaStats
-from uvas.reservation import Reservation, as_elements, as_size
+from uvas.reservation import Reservation, as_size
 from uvas.space import AddressSpace
 
 Backing = Literal["auto", "none"]
@@ -50,153 +53,9 @@ _FREED: dict[str, int] = {"kept": 0, "poisoned": lib.UVAS_ARENA_POISON}
 _LARGEST_ALIGNMENT = 1 << 30
 _NEVER = (1 << 64) - 1
 
-_arenas: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
-"""The open arenas of the process, by handle."""
 _asked: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
 """Those with somebody to ask when they are exhausted, by what C knows them by."""
 _keys = count(1)
-
-os.register_at_fork(after_in_child=_arenas.clear)
-
-
-class _Methods(Allocation if TYPE_CHECKING else object):  # type: ignore[misc]  # final for everybody else
-    """What `Allocation`, which is written in C, has beside the methods for which speed matters."""
-
-    @property
-    def end(self) -> int:
-        """The first address after it."""
-        end: int = self.base + self.size
-        return end
-
-    @property
-    def range(self) -> Range:
-        """Base and size as a value."""
-        return Range(self.base, self.size)
-
-    @property
-    def arena(self) -> Arena | None:
-        """The arena that it is from; None if that object is gone (its memory then stays as long as this block)."""
-        return _arenas.get(self.arena_id)
-
-    def numpy(
-        self, dtype: npt.DTypeLike, shape: int | Iterable[int] | None = None, *, offset: int = 0
-    ) -> npt.NDArray[Any]:
-        """Return an array over the memory itself; the block stays as long as any view of it lives.
-
-        Parameters
-        ----------
-        dtype
-            Of the elements; none with Python objects in it.
-        shape
-            By default one dimension, with as many elements as fit from `offset` to the end.
-        offset
-            Of the first element, bytes.
-
-        Returns
-        -------
-        numpy.ndarray
-            In C order. What it holds at first is undefined.
-
-        Raises
-        ------
-        ValueError
-            It does not fit, or the arena hands out bare addresses.
-        TypeError
-            The elements hold Python objects, whose pointers mean nothing to anybody else.
-        ReleasedError
-            It has been freed, or was left by ``with``.
-        """
-        start = as_size("offset", offset)
-        kind, dimensions, size = as_elements(dtype, shape, start, self.size)
-        arena = self.arena
-        if arena is not None and arena.backing == "none":
-            raise ValueError(f"{self!r} is bare addresses: make arrays with the numpy of the reservation around it")
-        return np.ndarray(dimensions, kind, buffer=np.asarray(core.Hold(self, start, size)))
-
-    def _dead(self) -> ReleasedError:
-        return ReleasedError(f"{self!r} is no more")
-
-    def _failed(self, code: int) -> BaseException:
-        return raise_answer(code)
-
-    def __enter__(self) -> Self:
-        if self.freed:
-            raise self._dead()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.retire()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"{self!r} cannot be pickled or copied: addresses belong to one process")
-
-    def __repr__(self) -> str:
-        arena = self.arena
-        of = f" of {arena.name!r}" if arena is not None else ""
-        return f"<Allocation [{self.base:#x}, {self.end:#x}){of}{', freed' if self.freed else ''}>"
-
-
-for _name, _method in vars(_Methods).items():
-    if _name not in ("__module__", "__doc__", "__dict__", "__weakref__"):
-        setattr(Allocation, _name, _method)
-
-
-class Region(Reservation):
-    """A reservation that an arena has made for itself, as `uvas.find` shows it; the arena ends it."""
-
-    __slots__ = ("_arena",)
-
-    def __init__(self, space: AddressSpace, arena: Arena, found: Any) -> None:
-        super().__init__(space, arena.name)
-        self._arena = weakref.ref(arena)
-        self._cell.id, self._cell.base, self._cell.size = found.id, found.base, found.size
-        self._settle()
-
-    def _settle(self) -> None:
-        self._base, self._size = self._cell.base, self._cell.size
-        live[self._cell.id] = _RegionTrace.of(self, self._cell, None)
-
-    def _unleased(self, call: Callable[[], int], start: int, size: int) -> None:
-        arena = self._arena()
-        if arena is None or arena.backing == "auto":
-            raise ValueError(f"{self!r} is an arena's, which alone commits, decommits and maps in it")
-        super()._unleased(call, start, size)
-
-    def commit(
-        self, offset: int = 0, size: int | None = None, *, protection: str = "rw", populate: bool = False
-    ) -> None:
-        """Commit a part of it, which only an arena of bare addresses leaves to others; see `Reservation.commit`."""
-        arena = self._arena()
-        if arena is None or arena.backing == "auto":
-            raise ValueError(f"{self!r} is an arena's, which alone commits in it")
-        super().commit(offset, size, protection=protection, populate=populate)
-
-    def release(self) -> NoReturn:
-        """Refuse: the arena releases it, when it closes."""
-        raise ValueError(f"{self!r} is an arena's, which releases it when it closes")
-
-    def retire(self) -> None:
-        """Do nothing: the arena ends it."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def __del__(self) -> None:
-        """Do nothing: the arena ends it."""
-
-
-class _RegionTrace(ReservationTrace):
-    """Of a `Region`: it ends nothing."""
-
-    __slots__ = ()
-
-    def end(self) -> None:
-        """Forget it."""
-        live.pop(self.cell.id, None)
 
 
 class _Close:
@@ -212,78 +71,6 @@ class _Close:
         for function, waiting, _alive in self._home.when_unused():
             function(waiting)
         return code
-
-
-class Measurement:
-    """What has been allocated in an arena since `Arena.measure` began, by all threads.
-
-    Inside the ``with`` block the numbers go on, at its end they stand still.
-    """
-
-    __slots__ = ("_arena", "_floor", "_now", "_start")
-
-    def __init__(self, arena: Arena) -> None:
-        self._arena = arena
-        self._start = arena.stats()
-        self._floor = arena._restart_peak(0)
-        self._now: ArenaStats | None = None
-
-    def _end(self) -> None:
-        self._now = self._arena.stats()
-        self._arena._restart_peak(max(self._floor, self._now.peak_bytes))
-
-    def _stats(self) -> ArenaStats:
-        return self._now or self._arena.stats()
-
-    @property
-    def allocations(self) -> int:
-        """Blocks allocated, freed or not."""
-        return self._stats().total_blocks - self._start.total_blocks
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Of those blocks."""
-        return self._stats().total_bytes - self._start.total_bytes
-
-    @property
-    def live_blocks(self) -> int:
-        """How many more live than at the beginning."""
-        return self._stats().live_blocks - self._start.live_blocks
-
-    @property
-    def live_bytes(self) -> int:
-        """Of the blocks that live, how many more bytes than at the beginning."""
-        return self._stats().live_bytes - self._start.live_bytes
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes of pages that were in use at once beyond those in use at the beginning."""
-        return max(0, self._stats().peak_bytes - self._start.used_bytes)
-
-    def __repr__(self) -> str:
-        return (
-            f"<Measurement: {self.allocations} allocations of {self.allocated_bytes:#x} bytes, "
-            f"{self.peak_bytes:#x} more in use at the peak, {self.live_blocks} of {self.live_bytes:#x} bytes live>"
-        )
-
-
-class _Measuring:
-    """The context manager of `Arena.measure`."""
-
-    __slots__ = ("_arena", "_measurements")
-
-    def __init__(self, arena: Arena) -> None:
-        self._arena = arena
-        self._measurements: list[Measurement] = []
-
-    def __enter__(self) -> Measurement:
-        self._measurements.append(Measurement(self._arena))
-        return self._measurements[-1]
-
-    def __exit__(self, *exception: object) -> None:
-        measurement = self._measurements.pop()
-        if not self._arena.closed:
-            measurement._end()
 
 
 class Arena(core.Allocator):
@@ -403,7 +190,7 @@ class Arena(core.Allocator):
         if code < 0:
             raise raise_answer(code)
         super().__init__(block_source, Allocation)
-        _arenas[block_source.id] = self
+        arenas[block_source.id] = self
 
     # ---- what it is --------------------------------------------------------------------------------------------------
 
@@ -488,7 +275,7 @@ class Arena(core.Allocator):
         self._call(lib.uvas_arena_stats, stats)
         return ArenaStats(**{name: getattr(stats, name) for name in ArenaStats.__slots__})
 
-    def measure(self) -> _Measuring:
+    def measure(self) -> Measuring:
         """Return a context manager: ``with arena.measure() as used:`` tells what a block of code allocated.
 
         Allocations of all threads count. Blocks of code may be nested; two that overlap otherwise, in two threads, see
@@ -509,9 +296,10 @@ class Arena(core.Allocator):
         ...     kept.free()
         (2, 1)
         """
-        return _Measuring(self)
+        return Measuring(self)
 
-    def _restart_peak(self, floor: int) -> int:
+    def restart_peak(self, floor: int) -> int:
+        """Count the peak anew, from `floor` or what is used now; return what it had been. For `Measurement`."""
         was = ffi.new("uint64_t *")
         self._call(lib.uvas_arena_peak, floor, was)
         return int(was[0])
@@ -660,7 +448,7 @@ def allocation_of(array_or_address: npt.NDArray[Any] | int) -> AllocationInfo | 
     if found is None:
         return None
     base, size, identity = found
-    return AllocationInfo(Range(base, size), _arenas.get(identity))
+    return AllocationInfo(Range(base, size), arenas.get(identity))
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------
@@ -688,7 +476,7 @@ def _nanoseconds(seconds: float) -> int:
 def _represent(address: int) -> Reservation | None:
     """Return the reservation of an arena that holds a live block's address, as an object."""
     block = fast.find_allocation(address)
-    arena = _arenas.get(block[2]) if block is not None else None
+    arena = arenas.get(block[2]) if block is not None else None
     found = ffi.new("struct uvas_found *")
     if arena is None or lib.uvas_find(address, found) < 0:
         return None

@@ -15,6 +15,7 @@
 #define POISON 0xdf
 #define ALIGN_LEAST ((size_t)16)
 #define GUARDED_LEAST ((size_t)64 << 10) /* in an arena with guards larger blocks have pages of their own, and a guard */
+#define LOOKS 1000u /* at a slab whose owner is collecting, which takes as long as a few of them */
 #define VISITS 16u /* one in so many reads the clock */
 
 #define LIKELY(condition) __builtin_expect(!!(condition), 1)
@@ -45,19 +46,25 @@ QUICK uintptr_t take(struct uvas_slab *slab) {
     return uvas_run_base(&slab->run) + (uintptr_t)index * atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed);
 }
 
-/* A slab of the heap's own with a free block, first in its list; or NULL. */
-static struct uvas_slab *refill(struct uvas_heap *heap, uint32_t class) {
-    struct uvas_bin *bin = &heap->bins[class];
-    if (atomic_load_explicit(&heap->pending, memory_order_relaxed)) {
-        uvas_heap_collect(heap);
-    }
+/* The first slab in a bin's list that has a free block; those before it are full, and go to the other list. */
+static struct uvas_slab *first_with_room(struct uvas_bin *bin) {
     while (bin->free && !bin->free->summary) {
         struct uvas_slab *slab = bin->free;
         uvas_slab_unlist(&bin->free, slab);
         uvas_slab_list(&bin->full, slab);
         slab->listed = false;
     }
-    if (!bin->free) {
+    return bin->free;
+}
+
+/* A slab of the heap's own with a free block, first in its list; or NULL. What others freed is collected when there is nothing else: the later, the more
+ * comes at once. */
+static struct uvas_slab *refill(struct uvas_heap *heap, uint32_t class) {
+    struct uvas_bin *bin = &heap->bins[class];
+    if (!first_with_room(bin) && atomic_load_explicit(&heap->pending, memory_order_relaxed)) {
+        uvas_heap_collect(heap);
+    }
+    if (!first_with_room(bin)) {
         (void)pthread_mutex_lock(&heap->arena->lock);
         (void)uvas_slab_find_orphan(heap, class);
         (void)pthread_mutex_unlock(&heap->arena->lock);
@@ -389,10 +396,25 @@ int uvas_alloc_many(uvas_id arena, const size_t *sizes, size_t count, uintptr_t 
 
 /* ---- free -------------------------------------------------------------------------------------------------------------------------------------------- */
 
-enum { GIVE_IDLE = 1, WANTS_OUTSIDE = 2, DOUBTFUL = 3 }; /* answers of free_inside that are no failures */
+enum { GIVE_IDLE = 1, WANTS_OUTSIDE = 2 }; /* answers of free_inside that are no failures */
 
-/* By a thread that does not own the slab. DOUBTFUL: the owner collected meanwhile, so that a free of the same block at the same time may have gone
- * unseen. */
+/* Our bit was set while the owner collected. Two frees of one block at the same time may then both have seen neither bit; the second bit stays on a block
+ * that is free, and is taken back here. While the owner is at it, both bits say nothing. */
+SLOW static bool freed_twice(struct uvas_slab *slab, _Atomic uint64_t *free, _Atomic uint64_t *remote, uint64_t bit) {
+    for (uint32_t tries = 0; tries < LOOKS; tries++) {
+        uint32_t collects = atomic_load(&slab->run.collects);
+        if (!(atomic_load(free) & atomic_load(remote) & bit)) {
+            return false;
+        }
+        if (!(collects & 1) && atomic_load(&slab->run.collects) == collects) {
+            (void)atomic_fetch_and(remote, ~bit);
+            return true;
+        }
+    }
+    return false; /* the owner sleeps in the middle: it will find the bit, and count it */
+}
+
+/* By a thread that does not own the slab. */
 SLOW static int free_remote(struct uvas_slab *slab, size_t index) {
     uint64_t bit = UINT64_C(1) << index % 64;
     _Atomic uint64_t *remote = &uvas_slab_remote(slab)[index / 64], *free = &uvas_slab_free(slab)[index / 64];
@@ -403,28 +425,11 @@ SLOW static int free_remote(struct uvas_slab *slab, size_t index) {
     if (freed & bit || atomic_fetch_or(remote, bit) & bit) {
         return -EINVAL;
     }
-    bool doubtful = (before & 1) || atomic_load(&slab->run.collects) != before;
-    uvas_slab_notify(slab);
-    return doubtful ? DOUBTFUL : 0;
-}
-
-/* A block with both bits was free already: the second bit is taken back. Outside. 0 or -EINVAL. */
-SLOW static int resolve(struct uvas_arena *arena, uintptr_t address) {
-    int rc = 0;
-    uvas_doors_shut(arena);
-    struct uvas_region *region = uvas_arena_region(arena, address);
-    struct uvas_run *run = region ? uvas_region_find(region, address) : NULL;
-    if (run && uvas_run_state(run) == UVAS_RUN_SLAB) {
-        struct uvas_slab *slab = (struct uvas_slab *)run;
-        size_t index = uvas_slab_index(slab, address - uvas_run_base(run));
-        uint64_t bit = UINT64_C(1) << index % 64;
-        if (atomic_load(&uvas_slab_free(slab)[index / 64]) & atomic_load(&uvas_slab_remote(slab)[index / 64]) & bit) {
-            (void)atomic_fetch_and(&uvas_slab_remote(slab)[index / 64], ~bit);
-            rc = -EINVAL;
-        }
+    if (!LIKELY(!(before & 1) && atomic_load(&slab->run.collects) == before) && freed_twice(slab, free, remote, bit)) {
+        return -EINVAL;
     }
-    uvas_doors_open(arena);
-    return rc;
+    uvas_slab_notify(slab);
+    return 0;
 }
 
 QUICK int free_small(struct uvas_heap *heap, struct uvas_slab *slab, size_t offset) {
@@ -535,9 +540,6 @@ SLOW static int free_any(uvas_id id, uintptr_t address, bool wait);
 SLOW static int free_ends(struct uvas_heap *heap, int rc, uvas_id id, uintptr_t address, bool wait) {
     if (rc == GIVE_IDLE) {
         see_to_idle(heap, wait);
-    }
-    if (rc == DOUBTFUL && wait) { /* who may not wait leaves it to whoever collects it: it is counted then */
-        rc = resolve(heap->arena, address);
     }
     return rc == -EINVAL ? uvas_block_not_live(address) : rc == -ESTALE ? free_any(id, address, wait) : 0;
 }

@@ -5,7 +5,8 @@
  * takes the whole stack, resets `pending` of each slab first, and then collects: a bit set after that pushes the slab again, so none is overlooked.
  * At every moment between a block's being freed and its being handed out again at least one of its two bits is set (the owner sets the one before it
  * clears the other, and who frees looks at the other first), which is how a second free of it is noticed. Of two frees at the same time one sees the
- * other's bit, unless the owner collects at that moment, which `collects` tells; then the truth is looked up with all doors shut.
+ * other's bit, unless the owner collects at that moment, which `collects` tells: then who frees looks once more.
+ *
  * A slab may end, and its piece of metadata become another slab, while it is still in some stack: whoever takes it off finds that it
  * is not his, and passes it on.
  */

@@ -1,0 +1,111 @@
+"""Blocks of an arena as Python objects. Their memory, and what speed asks for, is ``_core/_allocation.c``'s."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from uvas._core import allocation as core
+from uvas._core._allocation import Allocation as Allocation
+from uvas.devices.adapter import raise_answer
+from uvas.errors import ReleasedError
+from uvas.ranges import Range
+from uvas.reservation import as_elements, as_size
+
+if TYPE_CHECKING:
+    from uvas.arena import Arena
+
+arenas: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
+"""The open arenas of the process, by handle."""
+
+os.register_at_fork(after_in_child=arenas.clear)
+
+
+class _Methods(Allocation if TYPE_CHECKING else object):  # type: ignore[misc]  # final for everybody else
+    """What `Allocation`, which is written in C, has beside the methods for which speed matters."""
+
+    @property
+    def end(self) -> int:
+        """The first address after it."""
+        end: int = self.base + self.size
+        return end
+
+    @property
+    def range(self) -> Range:
+        """Base and size as a value."""
+        return Range(self.base, self.size)
+
+    @property
+    def arena(self) -> Arena | None:
+        """The arena that it is from; None if that object is gone (its memory then stays as long as this block)."""
+        return arenas.get(self.arena_id)
+
+    def numpy(
+        self, dtype: npt.DTypeLike, shape: int | Iterable[int] | None = None, *, offset: int = 0
+    ) -> npt.NDArray[Any]:
+        """Return an array over the memory itself; the block stays as long as any view of it lives.
+
+        Parameters
+        ----------
+        dtype
+            Of the elements; none with Python objects in it.
+        shape
+            By default one dimension, with as many elements as fit from `offset` to the end.
+        offset
+            Of the first element, bytes.
+
+        Returns
+        -------
+        numpy.ndarray
+            In C order. What it holds at first is undefined.
+
+        Raises
+        ------
+        ValueError
+            It does not fit, or the arena hands out bare addresses.
+        TypeError
+            The elements hold Python objects, whose pointers mean nothing to anybody else.
+        ReleasedError
+            It has been freed, or was left by ``with``.
+        """
+        start = as_size("offset", offset)
+        kind, dimensions, size = as_elements(dtype, shape, start, self.size)
+        arena = self.arena
+        if arena is not None and arena.backing == "none":
+            raise ValueError(f"{self!r} is bare addresses: make arrays with the numpy of the reservation around it")
+        return np.ndarray(dimensions, kind, buffer=np.asarray(core.Hold(self, start, size)))
+
+    def _dead(self) -> ReleasedError:
+        return ReleasedError(f"{self!r} is no more")
+
+    def _failed(self, code: int) -> BaseException:
+        return raise_answer(code)
+
+    def __enter__(self) -> Self:
+        if self.freed:
+            raise self._dead()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.retire()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} cannot be pickled or copied: addresses belong to one process")
+
+    def __repr__(self) -> str:
+        arena = self.arena
+        of = f" of {arena.name!r}" if arena is not None else ""
+        return f"<Allocation [{self.base:#x}, {self.end:#x}){of}{', freed' if self.freed else ''}>"
+
+
+for _name, _method in vars(_Methods).items():
+    if _name not in ("__module__", "__doc__", "__dict__", "__weakref__"):
+        setattr(Allocation, _name, _method)
