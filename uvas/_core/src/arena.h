@@ -95,7 +95,7 @@ struct uvas_run { /* the first cache line is what those read who allocate and fr
             _Atomic uint32_t count;
             _Atomic uint32_t collects; /* odd while the owner takes in what others freed. The owner's; read by anyone */
             _Atomic uint32_t pending;  /* 1: it is in some heap's stack, or about to be. Never reset but by who takes it off */
-            uint32_t words;            /* fixed for this piece of metadata */
+            uint16_t words, remote_at; /* fixed for this piece of metadata */
         };
     };
     void *link; /* metadata.c's */
@@ -124,18 +124,23 @@ static inline uint32_t uvas_run_state(const struct uvas_run *run) {
     return atomic_load_explicit(&run->state, memory_order_acquire);
 }
 
-struct uvas_slab { /* the second line is seldom used, the third is the owner's */
+struct uvas_slab { /* the second line is seldom used, the third is the owner's, with the first of the bits: blocks are taken from the low end */
     struct uvas_run run; /* first: the map points to either */
     struct uvas_slab *pending_next; /* of who set pending */
     uint32_t class; /* from here on the owner's */
-    uint32_t high;  /* no block from this index on was ever handed out */
     bool clean;     /* its pages were zero when it was made */
     _Alignas(64) uint64_t summary; /* which words have free bits */
     uint64_t counts; /* low 16 bits: blocks that are live, or freed by others and not yet collected; above: blocks allocated in it, ever */
     struct uvas_slab *next, *previous;
-    bool listed; /* in its bin's list of those with free blocks; otherwise in the other */
-    _Alignas(64) _Atomic uint64_t bits[]; /* `words` of free blocks (1: free), written by the owner only; then as many of blocks freed by others */
+    uint32_t high; /* no block from this index on was ever handed out */
+    bool listed;   /* in its bin's list of those with free blocks; otherwise in the other */
+    _Atomic uint64_t bits[]; /* `words` of free blocks (1: free), written by the owner only; on other lines as many of blocks freed by others */
 };
+
+/* Words of bits before those of blocks freed by others: so many that these begin a cache line. */
+static inline size_t uvas_slab_remote_at(size_t words) {
+    return (offsetof(struct uvas_slab, bits) + words * sizeof(uint64_t) + 63) / 64 * 8 - offsetof(struct uvas_slab, bits) / sizeof(uint64_t);
+}
 
 #define UVAS_SLAB_USED UINT64_C(0xffff) /* of counts */
 #define UVAS_SLAB_ONE (UVAS_SLAB_USED + 2) /* one block more in use, and one more ever */
@@ -384,6 +389,7 @@ static inline void uvas_heap_leave(struct uvas_heap *heap) {
 #define UVAS_CLASS_FINE 1024u  /* up to here the steps are multiples of 16, beyond of 128 */
 
 size_t uvas_class_bytes(uint32_t class);
+enum uvas_metadata_kind uvas_slab_kind(size_t count); /* of a slab of so many blocks */
 void uvas_classes_learn(void); /* fills the tables below, once */
 
 /* By size - 1 in units of the smallest step: counting leading zeros takes eight times as long on some processors. */
@@ -415,7 +421,7 @@ static inline _Atomic uint64_t *uvas_slab_free(struct uvas_slab *slab) {
 }
 
 static inline _Atomic uint64_t *uvas_slab_remote(struct uvas_slab *slab) {
-    return slab->bits + slab->run.words;
+    return slab->bits + slab->run.remote_at;
 }
 
 /* -- find.c: by anyone; true if it was so while the call ran -- */

@@ -442,7 +442,11 @@ QUICK int free_small(struct uvas_heap *heap, struct uvas_slab *slab, size_t offs
         return free_remote(slab, index);
     }
     uint64_t word = index / 64, bit = UINT64_C(1) << index % 64, bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed);
-    if (!LIKELY(!((bits | atomic_load_explicit(&uvas_slab_remote(slab)[word], memory_order_acquire)) & bit))) {
+    uint64_t freed = bits;
+    if (!LIKELY(!atomic_load_explicit(&slab->run.pending, memory_order_acquire))) { /* else all that others have freed has been collected */
+        freed |= atomic_load_explicit(&uvas_slab_remote(slab)[word], memory_order_acquire);
+    }
+    if (!LIKELY(!(freed & bit))) {
         return -EINVAL;
     }
     atomic_store_explicit(&uvas_slab_free(slab)[word], bits | bit, memory_order_release);

@@ -79,7 +79,7 @@ static void count_run(struct uvas_arena *arena, struct uvas_run *run, struct uva
         stats->live_blocks += live;
         stats->live_bytes += (uint64_t)live * uvas_class_bytes(slab->class);
         stats->cached_bytes += live ? 0 : bytes;
-        stats->metadata_bytes += sizeof *slab + 2 * slab->run.words * sizeof(uint64_t); /* and the spare, which was counted as the run */
+        stats->metadata_bytes += uvas_metadata_bytes(uvas_slab_kind(atomic_load_explicit(&slab->run.count, memory_order_relaxed))); /* the run was its spare */
     } else if (state == UVAS_RUN_LARGE) {
         stats->live_blocks++;
         stats->live_bytes += bytes - atomic_load_explicit(&run->guard, memory_order_relaxed);

@@ -37,14 +37,14 @@ void uvas_classes_learn(void) {
 }
 
 /* Enough blocks that the arena is rarely asked, few enough that a class of which a thread needs one block costs little: 64 KiB, and at least 4. Up to
- * 4 KiB a block has 16 bytes of bookkeeping at most, 8 a page of which are the map's: that takes 44. */
+ * 4 KiB a block has 16 bytes of bookkeeping at most, 8 a page of which are the map's: that takes 48. */
 static size_t slab_bytes(size_t block_bytes) {
-    size_t least = block_bytes <= 4096 ? 44 : block_bytes <= 16384 ? 16 : block_bytes <= 65536 ? 8 : 4, bytes = least * block_bytes;
+    size_t least = block_bytes <= 4096 ? 48 : block_bytes <= 16384 ? 16 : block_bytes <= 65536 ? 8 : 4, bytes = least * block_bytes;
     bytes = bytes > (size_t)64 << 10 ? bytes : (size_t)64 << 10;
     return (bytes + uvas_page() - 1) & ~(uvas_page() - 1);
 }
 
-static enum uvas_metadata_kind kind_for(size_t count) {
+enum uvas_metadata_kind uvas_slab_kind(size_t count) {
     enum uvas_metadata_kind kind = UVAS_METADATA_SLAB;
     while (((size_t)64 << (kind - UVAS_METADATA_SLAB)) < count) {
         kind++;
@@ -108,13 +108,14 @@ static void lay_out(struct uvas_slab *slab, uint32_t class, size_t bytes, size_t
 int uvas_slab_make(struct uvas_arena *arena, uvas_id id, uint32_t class, enum uvas_effort effort, struct uvas_slab **out) {
     size_t bytes = slab_bytes(uvas_class_bytes(class)), count = bytes / uvas_class_bytes(class);
     bool wait = effort != UVAS_EFFORT_NO_WAIT, touched = false;
-    enum uvas_metadata_kind kind = kind_for(count);
+    enum uvas_metadata_kind kind = uvas_slab_kind(count);
     struct uvas_slab *slab = uvas_metadata_take(kind, wait);
     if (!slab) {
         return -EAGAIN;
     }
     if (slab->run.words == 0) { /* its first use: others may know it from the later ones */
-        slab->run.words = 1u << (kind - UVAS_METADATA_SLAB);
+        slab->run.words = (uint16_t)(1u << (kind - UVAS_METADATA_SLAB));
+        slab->run.remote_at = (uint16_t)uvas_slab_remote_at(slab->run.words);
     }
     slab->run.spare = uvas_metadata_take(UVAS_METADATA_RUN, wait);
     struct uvas_request request = {.arena = arena, .id = id, .asked = bytes, .bytes = bytes, .align = uvas_page(), .effort = effort, .slab = true};
@@ -154,7 +155,7 @@ void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab) {
     uvas_slab_count(arena, slab);
     struct uvas_run *hole = slab->run.spare;
     (void)uvas_pages_give(arena, &slab->run, hole);
-    uvas_metadata_give(kind_for(atomic_load_explicit(&slab->run.count, memory_order_relaxed)), slab);
+    uvas_metadata_give(uvas_slab_kind(atomic_load_explicit(&slab->run.count, memory_order_relaxed)), slab);
 }
 
 /* A block of it has come back: it is where blocks are taken from. true: it is empty, and not needed; it is in no list any more. */
