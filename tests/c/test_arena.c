@@ -240,6 +240,22 @@ static void zeroed_over_pieces(void) {
     end_scene(&scene);
 }
 
+/* Nor where only some of the pages have been written before. */
+static void zeroed_over_a_mix(void) {
+    for (size_t first = 0; first < 4; first++) {
+        struct scene scene = fixed_scene(8 * MIB, &(struct uvas_arena_options){.idle_ns = UINT64_MAX});
+        uintptr_t before = first ? must_alloc(scene.arena, first * MIB, 0) : 0, whole;
+        uintptr_t at = must_alloc(scene.arena, MIB, 0);
+        memset((void *)at, 0x77, MIB);
+        CHECK_OK(uvas_free(scene.arena, at));
+        CHECK(!before || uvas_free(scene.arena, before) == 0);
+        CHECK_OK(uvas_alloc_zeroed(scene.arena, 8 * MIB, 0, &whole));
+        CHECK(all_bytes_are(whole, 8 * MIB, 0));
+        CHECK_OK(uvas_free(scene.arena, whole));
+        end_scene(&scene);
+    }
+}
+
 static void realloc_keeps_contents(void) {
     static const size_t sizes[] = {24, 1, 16, 200, 128, 4096, 5000, 65536, 65537, 70000, 3 * MIB, 100 * KIB, 64 * KIB, 12 * MIB, 9, 300};
     struct scene scene = growing_scene(NULL);
@@ -801,6 +817,7 @@ int main(int argc, char **argv) {
                  {"the_last_page", the_last_page},
                  {"zeroed_is_zero", zeroed_is_zero},
                  {"zeroed_over_pieces", zeroed_over_pieces},
+                 {"zeroed_over_a_mix", zeroed_over_a_mix},
                  {"realloc_keeps_contents", realloc_keeps_contents},
                  {"realloc_in_place", realloc_in_place},
                  {"realloc_that_fails", realloc_that_fails},
