@@ -21,6 +21,7 @@
 static atomic_bool stop;
 static double until;
 static atomic_ulong lookups, changes, signals;
+static atomic_ulong lately; /* the place that some writer is at: half of the lookups go there, where nodes are fresh. Relaxed, so that it orders nothing */
 static _Thread_local uint64_t handler_random;
 
 static bool over(void) {
@@ -41,6 +42,9 @@ static uint64_t value_of(uintptr_t base, uintptr_t end) {
 static void look(uint64_t *random) {
     struct uvas_entry seen;
     uint64_t place = next_random(random) % PLACES;
+    if (next_random(random) % 2) {
+        place = (atomic_load_explicit(&lately, memory_order_relaxed) + place % 8) % PLACES;
+    }
     uintptr_t address = place_base(place) + next_random(random) % (16 * PAGE);
     int found = uvas_registry_find(address, &seen);
     if (found) {
@@ -91,6 +95,7 @@ static void *writer(void *argument) {
         bool grow = next_random(&random) % 2;
         for (uint64_t place = first; place < first + many && place < PLACES; place++) {
             if (place % 4 >= 2) {
+                atomic_store_explicit(&lately, place, memory_order_relaxed);
                 grow ? insert(place, 1 + next_random(&random) % 16) : remove_place(place);
                 atomic_fetch_add_explicit(&changes, 1, memory_order_relaxed);
             }

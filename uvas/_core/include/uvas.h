@@ -369,8 +369,9 @@ UVAS_API int uvas_alloc_many(uvas_id arena, const size_t *sizes, size_t count, u
 UVAS_API int uvas_alloc_try(uvas_id arena, size_t size, size_t align, uintptr_t *out);
 /* The block with another size, in place where it can be, else moved (contents copied up to the smaller size). On failure it is as it was. */
 UVAS_API int uvas_realloc(uvas_id arena, uintptr_t address, size_t size, uintptr_t *out);
-/* -EINVAL, and nothing happens, where `address` is not the base of a live block of this arena: freed already, or never allocated. In a forked child
- * the blocks of the parent's arenas are left alone, and the answer is 0. */
+/* -EINVAL, and nothing happens, where `address` is not the base of a live block of this arena: freed already, or never allocated. (Two frees of one
+ * block at the very same time: one of them answers -EINVAL, or late_frees counts it; the arena stays whole. What cannot be told is a second free that
+ * comes when the block has been handed out again.) In a forked child the blocks of the parent's arenas are left alone, and the answer is 0. */
 UVAS_API int uvas_free(uvas_id arena, uintptr_t address);
 /* As uvas_free, under the conditions of uvas_alloc_try. */
 UVAS_API int uvas_free_try(uvas_id arena, uintptr_t address);
