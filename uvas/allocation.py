@@ -76,9 +76,6 @@ class _Methods(Allocation if TYPE_CHECKING else object):  # type: ignore[misc]  
         """
         start = as_size("offset", offset)
         kind, dimensions, size = as_elements(dtype, shape, start, self.size)
-        arena = self.arena
-        if arena is not None and arena.backing == "none":
-            raise ValueError(f"{self!r} is bare addresses: make arrays with the numpy of the reservation around it")
         return np.ndarray(dimensions, kind, buffer=np.asarray(core.Hold(self, start, size)))
 
     def _dead(self) -> ReleasedError:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Self
 
-from uvas._core import fast, ffi, lib
+from uvas._core import allocation, fast, ffi, lib
 from uvas.interrupts import held_back
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ def work_off() -> None:
             try:
                 _do(errand)
             except BaseException:
-                errands.put(errand)  # done twice is done once: handles are never used again
+                if isinstance(errand, Trace) or not isinstance(errand[2], allocation.Core):
+                    errands.put(errand)  # done twice is done once: handles are never used again; addresses are
                 raise
 
 

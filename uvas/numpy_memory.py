@@ -15,6 +15,7 @@ from typing import ParamSpec, Self, TypeVar
 from uvas._core import handler
 from uvas.arena import Arena
 from uvas.errors import ReleasedError
+from uvas.interrupts import held_back
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -55,13 +56,17 @@ class NumpyAllocator:
         ------
         ReleasedError
             The arena has been closed.
+        ValueError
+            The arena hands out bare addresses.
         """
         arena = self.arena
         if arena.closed:
             raise ReleasedError(f"{arena!r} hands out nothing more")
+        if arena.backing == "none":
+            raise ValueError(f"{arena!r} hands out bare addresses: NumPy wants memory behind them")
         capsule = handler.make(arena._core, arena._core.id)
-        before = _before.get()
-        _before.set((*before, handler.set(capsule)))
+        with held_back():  # both or neither
+            _before.set((*_before.get(), handler.set(capsule)))
         return self
 
     def uninstall(self) -> None:
@@ -75,8 +80,9 @@ class NumpyAllocator:
         before = _before.get()
         if not before:
             raise RuntimeError("NumPy's own allocator is in use in this context: nothing has been installed here")
-        handler.set(before[-1])
-        _before.set(before[:-1])
+        with held_back():
+            handler.set(before[-1])
+            _before.set(before[:-1])
 
     def bind(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
         """Return the function with this allocator around it, for executors and threads, which begin without one.

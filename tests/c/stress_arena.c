@@ -246,7 +246,9 @@ static void *keeper(void *argument) {
 static void open_arenas(uintptr_t *pinned) {
     scenes[GROWS] = growing_scene(&(struct uvas_arena_options){.growth = 256 * MIB, .idle_ns = 5000000});
     scenes[FIXED] = fixed_scene(FIXED_SIZE, &(struct uvas_arena_options){.limit = FIXED_SIZE / 2, .idle_ns = 1000000});
-    scenes[HARDENED] = growing_scene(&(struct uvas_arena_options){.flags = UVAS_ARENA_GUARD | UVAS_ARENA_POISON});
+    struct uvas_platform platform;
+    CHECK_OK(uvas_platform(&platform));
+    scenes[HARDENED] = growing_scene(&(struct uvas_arena_options){.flags = (platform.has_guard ? UVAS_ARENA_GUARD : 0u) | UVAS_ARENA_POISON});
     for (size_t i = 0; i < ARENAS; i++) { /* whatever happens, the keeper cannot close it */
         pinned[i] = must_alloc(scenes[i].arena, 100, 0);
         write_block(pinned[i], UINT64_C(100) << 16 | i);

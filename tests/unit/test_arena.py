@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import itertools
 import math
@@ -22,7 +23,7 @@ import pytest
 from machine import MIB, PAGE
 
 import uvas
-from uvas._core import fast
+from uvas._core import fast, ffi, lib
 
 GIB = 1 << 30
 
@@ -892,3 +893,17 @@ with uvas.AddressSpace() as space, uvas.Arena(space) as arena:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout == "True 0\n", done.stdout + done.stderr
+
+
+def test_a_limit_below_a_page_is_no_limit_that_anything_fits_in(space: uvas.AddressSpace) -> None:
+    with pytest.raises(ValueError, match="less than a page"):
+        uvas.Arena(space, limit=1)
+
+
+def test_no_arena_has_the_handle_0() -> None:
+    """Also not for a thread that had a part of an arena which is closed."""
+    with uvas.AddressSpace() as space, uvas.Arena(space) as arena:
+        arena.alloc(100).free()
+    got = ffi.new("uintptr_t *")
+    assert lib.uvas_alloc(0, 100, 0, got) == -errno.ESTALE
+    assert lib.uvas_free(0, 4096) == -errno.ESTALE

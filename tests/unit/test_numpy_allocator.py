@@ -502,3 +502,15 @@ def test_arrays_pickle_as_arrays_do(arena: uvas.Arena) -> None:
     assert (again == array).all()
     assert not uvas.is_unified(again)
     del array
+
+
+def test_bare_addresses_are_no_memory_for_numpy() -> None:
+    with uvas.AddressSpace() as space, space.reserve(1 << 20) as held:
+        arena = uvas.Arena(held, backing="none")
+        with pytest.raises(ValueError, match="bare addresses"), uvas.numpy_allocator(arena):
+            pass
+        block = arena.alloc(4096)
+        with pytest.raises(ValueError, match="bare addresses"):
+            block.numpy("u1")
+        block.free()
+        arena.close()

@@ -30,6 +30,7 @@ typedef struct {
     uvas_id id; /* C writes it here: no signal can come between its making and its keeping */
     PyObject *put;   /* puts an errand (function, number, what must live until then) on the queue of finalizers; of C, so that no interrupt comes between */
     PyObject *close; /* the function that closes the arena with an id, if it can be closed */
+    int bare;            /* its blocks are addresses only; written by open */
     atomic_int closing;  /* no more blocks: closed, or to be closed when the last block goes */
     atomic_int retired;  /* to be closed when the last block goes */
     atomic_size_t users; /* allocators of NumPy that ask it for memory */
@@ -162,6 +163,7 @@ static PyObject *core_open(Core *self, PyObject *argument) {
         return NULL;
     }
     const struct uvas_arena_options *options = (const struct uvas_arena_options *)(uintptr_t)address;
+    self->bare = (options->flags & UVAS_ARENA_BARE) != 0;
     Py_BEGIN_ALLOW_THREADS
     rc = uvas_arena_open(options, &self->id);
     Py_END_ALLOW_THREADS
@@ -299,10 +301,13 @@ static int give_back(Block *self) {
 static void give_back_or_owe(Block *self) {
     Core *core = self->core;
     if (uvas_free_try(core->id, (uintptr_t)self->base) == -EAGAIN) {
+        PyObject *kind, *error, *trace;
+        PyErr_Fetch(&kind, &error, &trace); /* looking the method up must not meet an exception that is on its way */
         atomic_fetch_add(&core->owed, 1);
         PyObject *settle = PyObject_GetAttrString((PyObject *)core, "settle");
         leave_for_later(core->put, settle, self->base, (PyObject *)core);
         Py_XDECREF(settle);
+        PyErr_Restore(kind, error, trace);
     }
 }
 
@@ -697,6 +702,9 @@ static PyObject *hold_new(PyTypeObject *type, PyObject *arguments, PyObject *nam
     }
     if (!derives_from(Py_TYPE((PyObject *)block), (destructor)block_dealloc)) {
         return PyErr_Format(PyExc_TypeError, "Hold() takes a Block");
+    }
+    if (block->core->bare) {
+        return PyErr_Format(PyExc_ValueError, "%R is bare addresses: make arrays with the numpy of the reservation around it", (PyObject *)block);
     }
     if (offset > block->size || size > block->size - offset) {
         return PyErr_Format(PyExc_ValueError, "%llu bytes from offset %llu are not inside a block of %llu", size, offset, block->size);

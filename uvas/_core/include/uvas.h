@@ -8,7 +8,7 @@
  *   results     0 or -errno; values through out-parameters, untouched on failure
  *   failures    a call that fails has changed nothing. uvas_last_failure() tells the calling thread what happened, in fields and in a sentence
  *   handles     64-bit ids that are never used again; 0 is none. A released, closed or inherited (fork) id answers -ESTALE
- *   threads     every function may be called from any thread. uvas_find, uvas_registry_* and uvas_unlease take no lock
+ *   threads     every function may be called from any thread. uvas_find, uvas_next, uvas_find_allocation and uvas_unlease take no lock
  *   fork        the child starts with an empty registry: ids of the parent are dead there, its memory is inherited as memory always is
  *
  * Errors, by the condition that causes them
@@ -344,7 +344,7 @@ struct uvas_arena_stats {
     uint64_t metadata_bytes; /* the arena's own bookkeeping, all of it */
     uint64_t threads; /* that keep something */
     uint64_t regions; /* reservations */
-    uint64_t late_frees; /* double frees that raced with the first one, found afterwards; nothing was done */
+    uint64_t late_frees; /* double frees that raced with the first one, found afterwards */
 };
 
 struct uvas_allocation { /* a live block */
@@ -354,7 +354,8 @@ struct uvas_allocation { /* a live block */
 };
 
 UVAS_API int uvas_arena_open(const struct uvas_arena_options *options, uvas_id *out);
-/* Releases the reservations that it took. -EBUSY, with nothing changed, while a block lives. */
+/* Releases the reservations that it took. -EBUSY, with nothing changed, while a block lives or another thread allocates. What a device answers to a
+ * release is the answer; the arena is closed all the same, and the reservation is its space's to release. */
 UVAS_API int uvas_arena_close(uvas_id arena);
 
 /* A block of at least `size` > 0 bytes, aligned to `align` (a power of two up to 1 GiB; 0: 16 bytes). Contents are undefined; zeroed by the second.

@@ -83,6 +83,9 @@ static int sound(const struct uvas_arena_options *options) {
     if ((options->flags & UVAS_ARENA_BARE) && (options->flags != UVAS_ARENA_BARE || options->pages)) {
         return uvas_fail_invalid("bare addresses have no memory to guard, poison, bind or make of huge pages");
     }
+    if (options->limit && options->limit < uvas_page()) {
+        return uvas_fail_invalid("a limit of 0x%zx bytes is less than a page of 0x%zx", options->limit, uvas_page());
+    }
     if (!options->space == !options->reservation) {
         return uvas_fail_invalid("an arena is over a space or over a reservation: one of the two");
     }
@@ -138,8 +141,10 @@ static int known_space(uvas_id space) {
 static void reset(struct uvas_arena *arena) {
     arena->id = 0; /* its locks stay what they are */
     arena->heaps = NULL;
-    memset(&arena->orphans, 0, sizeof arena->orphans);
-    memset(&arena->resting, 0, sizeof arena->resting);
+    struct uvas_heap *nobodys[] = {&arena->orphans, &arena->resting}; /* but for what others may still push onto their stacks */
+    for (size_t i = 0; i < 2; i++) {
+        memset((char *)nobodys[i] + offsetof(struct uvas_heap, large_blocks), 0, sizeof **nobodys - offsetof(struct uvas_heap, large_blocks));
+    }
     memset(&arena->holes, 0, sizeof arena->holes);
     arena->stuck = NULL;
     atomic_store_explicit(&arena->region_count, 0, memory_order_relaxed);
@@ -209,12 +214,30 @@ static void detach_heaps(struct uvas_arena *arena) {
     for (; heap; heap = next) {
         next = heap->next;
         heap->next = heap->previous = NULL;
-        atomic_store_explicit(&heap->arena_id, 0, memory_order_relaxed);
+        atomic_store_explicit(&heap->arena_id, UVAS_NO_ARENA, memory_order_relaxed);
         bool idle = heap->idle;
         heap->idle = false;
         atomic_store_explicit(&heap->shut, uvas_door_unshut(heap), memory_order_release);
         if (idle) {
             uvas_metadata_give(UVAS_METADATA_HEAP, heap);
+        }
+    }
+}
+
+/* Nobody gives memory back, which may call devices: that is waited for with the doors open. Then every thread is outside, and the lock held. */
+static void shut_when_quiet(struct uvas_arena *arena) {
+    for (bool quiet = false; !quiet;) {
+        (void)pthread_mutex_lock(&arena->lock);
+        while (arena->giving) {
+            (void)pthread_cond_wait(&arena->moved, &arena->lock);
+        }
+        (void)pthread_mutex_unlock(&arena->lock);
+        uvas_doors_shut(arena);
+        (void)pthread_mutex_lock(&arena->lock);
+        quiet = arena->giving == 0;
+        if (!quiet) {
+            (void)pthread_mutex_unlock(&arena->lock);
+            uvas_doors_open(arena);
         }
     }
 }
@@ -225,11 +248,7 @@ int uvas_arena_close(uvas_id id) {
     if (!arena) {
         return rc < 0 ? rc : -ESTALE;
     }
-    uvas_doors_shut(arena);
-    (void)pthread_mutex_lock(&arena->lock);
-    while (arena->giving) {
-        (void)pthread_cond_wait(&arena->moved, &arena->lock);
-    }
+    shut_when_quiet(arena);
     bool alive = arena->id == id;
     uint64_t blocks = alive ? uvas_arena_in_use(arena) : 0;
     if (!alive || blocks || arena->growing) {
@@ -337,5 +356,6 @@ void uvas_arenas_after_fork_in_child(void) {
     }
     uvas_slots_forget(&entries);
     uvas_heaps_forget();
+    uvas_metadata_forget_arenas();
     (void)pthread_mutex_unlock(&list_lock);
 }

@@ -23,7 +23,7 @@
  *
  * Who may touch what:
  *   a heap and the slabs that it owns   its thread, *inside* (heap.c), or anybody who has shut the arena's doors
- *   holes, runs, regions, counters      under arena->lock, which is never held over a system call, a callback or a touch of a block
+ *   holes, runs, regions, counters      under arena->lock, which is never held over a system call (but fork), a callback or a touch of a block
  *   a slab's remote bits, its pending   anyone, atomically
  *   the map from pages to runs          written under arena->lock, read by anyone at any time
  * Order of locks: door, then lock, then metadata's. A thread that is inside may take the lock and never the door.
@@ -63,6 +63,7 @@ enum uvas_metadata_kind {
 void *uvas_metadata_take(enum uvas_metadata_kind kind, bool may_wait); /* zeroed at its first use only; may_wait: may ask the kernel; or NULL */
 void uvas_metadata_give(enum uvas_metadata_kind kind, void *piece);
 size_t uvas_metadata_bytes(enum uvas_metadata_kind kind);
+void uvas_metadata_forget_arenas(void); /* the child of a fork: some thread of the parent's may have held the locks of one that is not in use */
 void uvas_metadata_lock(void); /* over fork */
 void uvas_metadata_unlock(void);
 
@@ -78,7 +79,8 @@ enum uvas_run_state {
 };
 
 struct uvas_run { /* the first cache line is what those read who allocate and free; it changes rarely */
-    _Atomic uint32_t state;    /* enum uvas_run_state. Written under the lock, but for LARGE <-> KEPT, which is a compare-and-swap */
+    _Atomic uint32_t state;    /* enum uvas_run_state. Written under the lock, or by the one thread whose BUSY or KEPT run it is; LARGE to
+                                  KEPT or BUSY by a compare-and-swap, as anybody may try to free a block */
     _Atomic uint32_t version;  /* counts changes of base and bytes; read before and after by those who look without a lock */
     _Atomic uintptr_t base;    /* base, bytes: written under the lock while state is BUSY or HOLE */
     _Atomic size_t bytes;
@@ -213,6 +215,8 @@ struct uvas_bin { /* slabs of one class that a heap owns */
     struct uvas_slab *full;
 };
 
+#define UVAS_NO_ARENA UINT64_MAX /* no id, also not 0, which callers may have */
+
 enum { UVAS_DOOR_OPEN = 0, UVAS_DOOR_AJAR = 1, UVAS_DOOR_SHUT = 2 };
 
 struct uvas_heap {
@@ -221,7 +225,7 @@ struct uvas_heap {
      * Each side writes its word, then reads the other's; which needs a full barrier between, and that is the other side's (membarrier). */
     _Atomic uint32_t inside;
     _Atomic uint32_t shut; /* UVAS_DOOR_... */
-    _Atomic uvas_id arena_id; /* 0: of no arena now. Changed by the owner, or with the door shut */
+    _Atomic uvas_id arena_id; /* UVAS_NO_ARENA: of none now. Changed by the owner, or with the door shut */
     struct uvas_arena *arena;
     /* Where the last block that this thread freed lay: base, bytes and map of that region. The owner's */
     uintptr_t near_base;
@@ -295,7 +299,7 @@ struct uvas_request { /* of whole pages */
  * *run may be another one, or NULL (a slab's spare likewise). */
 int uvas_pages_take(const struct uvas_request *request, struct uvas_run **run, bool *touched);
 /* Gives it back: from here on it is a hole, described by `hole`, or by `run` itself where that is no slab (hole NULL). Cannot fail. Under the lock.
- * true: some hole has been idle for so long that uvas_pages_trim should be called. */
+ * true: some hole has been idle for so long that uvas_trim_holes should be called. */
 bool uvas_pages_give(struct uvas_arena *arena, struct uvas_run *run, struct uvas_run *hole);
 /* Grows a large block in place by the hole behind it, or shrinks it. Outside; may wait. 0, or -EAGAIN: cannot be. */
 int uvas_pages_resize(struct uvas_arena *arena, struct uvas_run *run, size_t bytes);
@@ -324,6 +328,9 @@ bool uvas_spans_next(struct uvas_arena *arena, const struct uvas_region *region,
 
 /* -- trim.c: outside; they wait, and return bytes -- */
 
+/* Whoever looks at memory that no block keeps: the arena stays until the end of it. Takes the lock; false: it is closed. */
+bool uvas_trim_begin(struct uvas_arena *arena);
+void uvas_trim_end(struct uvas_arena *arena); /* drops it */
 uint64_t uvas_trim_holes(struct uvas_arena *arena, uint64_t until, size_t most); /* spans in at most so many holes that have been idle since then */
 uint64_t uvas_trim_pages(struct uvas_arena *arena); /* pages of all holes, whose spans stay committed. O(runs) */
 uint64_t uvas_trim_slabs(struct uvas_arena *arena); /* pages of slabs that nobody owns, in which no block lives. O(blocks) */
@@ -406,6 +413,8 @@ void uvas_slab_adopt(struct uvas_heap *heap, struct uvas_slab *slab);
 /* Blocks that others freed come back to their slabs. Slabs that are empty then may end, under the lock: which the second one's caller holds. */
 void uvas_heap_collect(struct uvas_heap *heap);
 void uvas_heap_gather(struct uvas_heap *heap);
+/* The same without asking the stack: a slab that had another life in another arena may be in a stack there. O(slabs). Under the lock. */
+void uvas_heap_sweep(struct uvas_heap *heap);
 /* An orphan with a free block of the class, now the heap's; false: there is none. Under lock. */
 bool uvas_slab_find_orphan(struct uvas_heap *heap, uint32_t class);
 /* After the last block in use of a slab was freed, or the first of a full one. */

@@ -398,8 +398,8 @@ int uvas_alloc_many(uvas_id arena, const size_t *sizes, size_t count, uintptr_t 
 
 enum { GIVE_IDLE = 1, WANTS_OUTSIDE = 2 }; /* answers of free_inside that are no failures */
 
-/* Our bit was set while the owner collected. Two frees of one block at the same time may then both have seen neither bit; the second bit stays on a block
- * that is free, and is taken back here. While the owner is at it, both bits say nothing. */
+/* The block is free after our bit was set: its owner has collected the bit, or has freed the block at the same time. Then the bit stays on a block that is
+ * free, and is taken back here. While the owner is collecting, both bits say nothing. */
 SLOW static bool freed_twice(struct uvas_slab *slab, _Atomic uint64_t *free, _Atomic uint64_t *remote, uint64_t bit) {
     for (uint32_t tries = 0; tries < LOOKS; tries++) {
         uint32_t collects = atomic_load(&slab->run.collects);
@@ -418,14 +418,13 @@ SLOW static bool freed_twice(struct uvas_slab *slab, _Atomic uint64_t *free, _At
 SLOW static int free_remote(struct uvas_slab *slab, size_t index) {
     uint64_t bit = UINT64_C(1) << index % 64;
     _Atomic uint64_t *remote = &uvas_slab_remote(slab)[index / 64], *free = &uvas_slab_free(slab)[index / 64];
-    uint32_t before = atomic_load(&slab->run.collects);
     /* In this order, the opposite of the owner's when it collects: an earlier free is in the one or in the other at each moment. */
     uint64_t freed = atomic_load(remote);
     freed |= atomic_load(free);
     if (freed & bit || atomic_fetch_or(remote, bit) & bit) {
         return -EINVAL;
     }
-    if (!LIKELY(!(before & 1) && atomic_load(&slab->run.collects) == before) && freed_twice(slab, free, remote, bit)) {
+    if (!LIKELY(!(atomic_load(free) & bit)) && freed_twice(slab, free, remote, bit)) {
         return -EINVAL;
     }
     uvas_slab_notify(slab);

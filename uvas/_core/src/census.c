@@ -95,6 +95,7 @@ static void count_heaps(struct uvas_arena *arena, struct uvas_arena_stats *stats
         stats->threads += !heap->idle;
     }
     uvas_heap_count(&arena->orphans);
+    uvas_heap_count(&arena->resting);
     stats->total_blocks = arena->ended_blocks;
     stats->total_bytes = arena->ended_bytes;
     stats->late_frees = arena->ended_late;
@@ -141,8 +142,11 @@ int uvas_arena_stats(uvas_id id, struct uvas_arena_stats *out) {
     stats.largest_hole = largest ? uvas_run_bytes(largest) : 0;
     stats.regions = atomic_load_explicit(&arena->region_count, memory_order_relaxed);
     stats.metadata_bytes += sizeof *arena;
+    arena->giving++; /* or it might close, and its regions with it, while the kernel is asked */
     reopen(arena);
     count_resident(arena, &stats);
+    (void)pthread_mutex_lock(&arena->lock);
+    uvas_trim_end(arena);
     *out = stats;
     return 0;
 }

@@ -29,7 +29,7 @@ bool uvas_slab_block(struct uvas_slab *slab, uintptr_t address, uintptr_t *base,
     }
     *base = start + index * size;
     *bytes = size;
-    return true;
+    return address - *base < size;
 }
 
 /* A live block; *run: its run. By anyone. */

@@ -103,11 +103,11 @@ int uvas_arena_grow(const struct uvas_request *request) {
         (void)pthread_cond_wait(&arena->moved, &arena->lock);
     }
     uint32_t count = atomic_load_explicit(&arena->region_count, memory_order_relaxed);
-    bool allowed = !other && count < UVAS_REGIONS_MAX;
+    bool alive = arena->id == request->id, allowed = !other && alive && count < UVAS_REGIONS_MAX;
     arena->growing = allowed;
     (void)pthread_mutex_unlock(&arena->lock);
     if (!allowed) {
-        return other ? 0 : -ENOSPC; /* 0: there is room now, perhaps */
+        return other || !alive ? 0 : -ENOSPC; /* 0: look again: there is room now, perhaps, or it is closed */
     }
     struct uvas_where where = {.align = request->align > UVAS_SPAN ? request->align : UVAS_SPAN, .name = arena->name};
     struct uvas_reservation got;

@@ -31,7 +31,7 @@ void uvas_doors_shut(struct uvas_arena *arena) {
         atomic_store_explicit(&heap->shut, UVAS_DOOR_SHUT, memory_order_seq_cst);
     }
     if (asymmetric && arena->heaps) {
-        uvas_vm_barrier(); /* the one call made with the door's lock held: it asks nobody and takes microseconds */
+        uvas_vm_barrier(); /* made with the door's lock held, as fork is: it asks nobody and takes microseconds */
     }
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
         while (atomic_load_explicit(&heap->inside, memory_order_seq_cst)) {
@@ -114,7 +114,11 @@ struct uvas_heap *uvas_heap_of(uvas_id id, bool may_wait, int *rc) {
         *rc = -ESTALE;
         return NULL;
     }
-    struct uvas_heap *fresh = widen(index) ? uvas_thread.list[index] : NULL;
+    if (!widen(index)) {
+        *rc = may_wait ? uvas_fail_memory(0, sizeof *heap, "the host") : -EAGAIN;
+        return NULL;
+    }
+    struct uvas_heap *fresh = uvas_thread.list[index];
     bool own = fresh != NULL; /* detached by a close */
     fresh = own ? fresh : uvas_metadata_take(UVAS_METADATA_HEAP, may_wait);
     if (!fresh || (may_wait ? pthread_mutex_lock(&arena->door) : pthread_mutex_trylock(&arena->door)) != 0) {
@@ -151,6 +155,7 @@ void uvas_heap_empty(struct uvas_heap *heap) {
     }
     heap->kept_bytes = 0;
     uvas_heap_gather(heap);
+    uvas_heap_sweep(heap);
     for (uint32_t class = 0; class < UVAS_CLASSES; class++) {
         struct uvas_bin *bin = &heap->bins[class];
         struct uvas_slab *next;
@@ -187,7 +192,7 @@ void uvas_heap_count(struct uvas_heap *heap) {
 static void leave(struct uvas_heap *heap) {
     struct uvas_arena *arena = heap->arena;
     (void)pthread_mutex_lock(&arena->door); /* arenas are never freed, and a closed one has this lock still */
-    bool attached = atomic_load_explicit(&heap->arena_id, memory_order_relaxed) != 0;
+    bool attached = atomic_load_explicit(&heap->arena_id, memory_order_relaxed) != UVAS_NO_ARENA;
     if (attached) {
         (void)pthread_mutex_lock(&arena->lock);
         uvas_heap_empty(heap);

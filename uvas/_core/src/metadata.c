@@ -54,6 +54,10 @@ static void *take(enum uvas_metadata_kind kind) { /* under lock */
     return at;
 }
 
+void uvas_metadata_forget_arenas(void) {
+    unused[UVAS_METADATA_ARENA] = NULL;
+}
+
 void *uvas_metadata_take(enum uvas_metadata_kind kind, bool may_wait) {
     uvas_metadata_lock();
     void *piece = take(kind);

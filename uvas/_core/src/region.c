@@ -113,6 +113,9 @@ static bool holds(const struct uvas_run *run, uintptr_t address) {
 
 struct uvas_run *uvas_region_find(const struct uvas_region *region, uintptr_t address) {
     size_t page = (address - atomic_load_explicit(&region->base, memory_order_relaxed)) >> uvas_page_shift;
+    if (page >= region->capacity) {
+        return NULL; /* it has another base since the caller looked */
+    }
     struct uvas_run *run = atomic_load_explicit(&region->map[page], memory_order_acquire);
     if (!holds(run, address)) {
         run = atomic_load_explicit(&region->map[page & ~(GROUP - 1)], memory_order_acquire);

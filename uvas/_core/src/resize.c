@@ -45,7 +45,7 @@ int uvas_realloc(uvas_id id, uintptr_t address, size_t size, uintptr_t *out) {
     }
     bool small = uvas_run_state(run) == UVAS_RUN_SLAB, guarded = atomic_load_explicit(&run->guard, memory_order_relaxed) != 0;
     bool stays = small ? size <= bytes && size > bytes / 2 : uvas_block_pages(size) == bytes || uvas_block_steps(size) == bytes;
-    bool in_place = !stays && !small && !guarded; /* a large one that becomes a small one moves, unless there is no room */
+    bool in_place = !stays && !small && !guarded && !(arena->flags & UVAS_ARENA_GUARD); /* a large one that becomes a small one moves, unless there is no room */
     if (in_place && size > UVAS_SMALL_MAX) {
         stays = uvas_pages_resize(arena, run, uvas_block_pages(size)) == 0;
     }

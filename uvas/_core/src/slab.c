@@ -5,10 +5,10 @@
  * takes the whole stack, resets `pending` of each slab first, and then collects: a bit set after that pushes the slab again, so none is overlooked.
  * At every moment between a block's being freed and its being handed out again at least one of its two bits is set (the owner sets the one before it
  * clears the other, and who frees looks at the other first), which is how a second free of it is noticed. Of two frees at the same time one sees the
- * other's bit, unless the owner collects at that moment, which `collects` tells: then who frees looks once more.
+ * other's bit, or looks once more because the block has become free meanwhile.
  *
  * A slab may end, and its piece of metadata become another slab, while it is still in some stack: whoever takes it off finds that it
- * is not his, and passes it on.
+ * is not his, and passes it on; who shuts the doors does not rely on it, and looks at every slab.
  */
 #include <assert.h>
 #include <errno.h>
@@ -183,16 +183,20 @@ void uvas_slab_changed(struct uvas_heap *heap, struct uvas_slab *slab) {
 
 /* ---- freed by others --------------------------------------------------------------------------------------------------------------------------- */
 
+/* Onto a heap's stack; the slab is pending, and in no stack. */
+static void push(struct uvas_heap *owner, struct uvas_slab *slab) {
+    struct uvas_slab *top = atomic_load_explicit(&owner->pending, memory_order_relaxed);
+    do {
+        slab->pending_next = top;
+    } while (!atomic_compare_exchange_weak_explicit(&owner->pending, &top, slab, memory_order_release, memory_order_relaxed));
+}
+
 void uvas_slab_notify(struct uvas_slab *slab) {
     /* Sequentially consistent, as is the reset in `collect`: the bit set before and this look are in one order with the reset and the look at bits. */
     if (atomic_load(&slab->run.pending) || atomic_exchange(&slab->run.pending, 1)) {
         return; /* whoever takes it off its stack will see the bit */
     }
-    struct uvas_heap *owner = atomic_load_explicit(&slab->run.owner, memory_order_acquire);
-    struct uvas_slab *top = atomic_load_explicit(&owner->pending, memory_order_relaxed);
-    do {
-        slab->pending_next = top;
-    } while (!atomic_compare_exchange_weak_explicit(&owner->pending, &top, slab, memory_order_release, memory_order_relaxed));
+    push(atomic_load_explicit(&slab->run.owner, memory_order_acquire), slab);
 }
 
 /* Takes in the bits of others. true: as relist. */
@@ -230,11 +234,13 @@ static void collect_all(struct uvas_heap *heap, bool locked) {
     struct uvas_slab *slab = atomic_exchange_explicit(&heap->pending, NULL, memory_order_acquire), *next;
     for (; slab; slab = next) {
         next = slab->pending_next;
-        (void)atomic_exchange(&slab->run.pending, 0);
-        if (uvas_run_state(&slab->run) != UVAS_RUN_SLAB) {
+        struct uvas_heap *owner = atomic_load_explicit(&slab->run.owner, memory_order_acquire);
+        if (uvas_run_state(&slab->run) == UVAS_RUN_SLAB && owner != heap) {
+            push(owner, slab); /* still pending: who frees in it meanwhile relies on that */
             continue;
         }
-        if (atomic_load_explicit(&slab->run.owner, memory_order_acquire) == heap) {
+        (void)atomic_exchange(&slab->run.pending, 0);
+        if (uvas_run_state(&slab->run) == UVAS_RUN_SLAB && owner == heap) {
             if (collect(heap, slab)) {
                 if (!locked) {
                     (void)pthread_mutex_lock(&heap->arena->lock);
@@ -244,7 +250,7 @@ static void collect_all(struct uvas_heap *heap, bool locked) {
                     (void)pthread_mutex_unlock(&heap->arena->lock);
                 }
             }
-        } else if (freed_by_others(slab)) {
+        } else if (uvas_run_state(&slab->run) == UVAS_RUN_SLAB && freed_by_others(slab)) { /* it had ended, and is one again */
             uvas_slab_notify(slab);
         }
     }
@@ -256,6 +262,20 @@ void uvas_heap_collect(struct uvas_heap *heap) {
 
 void uvas_heap_gather(struct uvas_heap *heap) {
     collect_all(heap, true);
+}
+
+void uvas_heap_sweep(struct uvas_heap *heap) {
+    for (uint32_t class = 0; class < UVAS_CLASSES; class++) {
+        struct uvas_slab *lists[] = {heap->bins[class].full, heap->bins[class].free}, *next;
+        for (size_t i = 0; i < 2; i++) {
+            for (struct uvas_slab *slab = lists[i]; slab; slab = next) {
+                next = slab->next;
+                if (freed_by_others(slab) && collect(heap, slab)) {
+                    uvas_slab_end(heap->arena, slab);
+                }
+            }
+        }
+    }
 }
 
 bool uvas_slab_find_orphan(struct uvas_heap *heap, uint32_t class) {

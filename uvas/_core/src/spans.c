@@ -49,12 +49,14 @@ static int commit_spans(const struct uvas_arena *arena, const struct uvas_region
     return rc;
 }
 
-static int decommit_spans(const struct uvas_region *region, size_t first, size_t end) {
+/* *clean: what is committed there next reads as zeros. */
+static int decommit_spans(const struct uvas_region *region, size_t first, size_t end, bool *clean) {
     uintptr_t base, until;
     span_range(region, first, end, &base, &until);
     int rc = uvas_decommit_leased(region->reservation, base - region->reservation_base, until - base);
+    *clean = rc == 0;
     if (rc == 0 && region->huge >= 0) {
-        rc = uvas_vm_punch(region->huge, (int64_t)(base - atomic_load_explicit(&region->base, memory_order_relaxed)), until - base);
+        *clean = uvas_vm_punch(region->huge, (int64_t)(base - atomic_load_explicit(&region->base, memory_order_relaxed)), until - base) == 0;
     }
     return rc;
 }
@@ -161,14 +163,17 @@ uint64_t uvas_spans_unback(struct uvas_arena *arena, const struct uvas_run *run)
         }
         set_spans(region, at, until, UVAS_SPAN_DECOMMITTING);
         (void)pthread_mutex_unlock(&arena->lock);
-        int rc = decommit_spans(region, at, until);
+        bool clean;
+        int rc = decommit_spans(region, at, until, &clean);
         (void)pthread_mutex_lock(&arena->lock);
         set_spans(region, at, until, rc == 0 ? UVAS_SPAN_NONE : UVAS_SPAN_COMMITTED);
         (void)pthread_cond_broadcast(&arena->moved);
         if (rc == 0) {
             uintptr_t from, to;
             span_range(region, at, until, &from, &to);
-            uvas_region_untouch(region, from, to - from);
+            if (clean) {
+                uvas_region_untouch(region, from, to - from);
+            }
             arena->committed_bytes -= to - from;
             given += to - from;
         }

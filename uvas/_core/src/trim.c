@@ -21,7 +21,7 @@ static void settle(struct uvas_arena *arena, struct uvas_run *run, uint64_t sinc
 }
 
 /* Whoever gives memory back may come when the last block has gone and somebody closes the arena. Takes the lock; false: it is closed. */
-static bool begin_giving(struct uvas_arena *arena) {
+bool uvas_trim_begin(struct uvas_arena *arena) {
     (void)pthread_mutex_lock(&arena->lock);
     if (!arena->id) {
         (void)pthread_mutex_unlock(&arena->lock);
@@ -31,7 +31,7 @@ static bool begin_giving(struct uvas_arena *arena) {
     return true;
 }
 
-static void end_giving(struct uvas_arena *arena) {
+void uvas_trim_end(struct uvas_arena *arena) {
     if (--arena->giving == 0) {
         (void)pthread_cond_broadcast(&arena->moved);
     }
@@ -39,7 +39,7 @@ static void end_giving(struct uvas_arena *arena) {
 }
 
 void uvas_trim_guards(struct uvas_arena *arena) {
-    if (!begin_giving(arena)) {
+    if (!uvas_trim_begin(arena)) {
         return;
     }
     struct uvas_run *run = arena->stuck, *next;
@@ -57,12 +57,12 @@ void uvas_trim_guards(struct uvas_arena *arena) {
             arena->stuck = run;
         }
     }
-    end_giving(arena);
+    uvas_trim_end(arena);
 }
 
 uint64_t uvas_trim_holes(struct uvas_arena *arena, uint64_t until, size_t most) {
     uint64_t given = 0;
-    if (!begin_giving(arena)) {
+    if (!uvas_trim_begin(arena)) {
         return 0;
     }
     struct uvas_run *run;
@@ -74,7 +74,7 @@ uint64_t uvas_trim_holes(struct uvas_arena *arena, uint64_t until, size_t most) 
         given += uvas_spans_unback(arena, run);
         settle(arena, run, now + 1);
     }
-    end_giving(arena);
+    uvas_trim_end(arena);
     return given;
 }
 
@@ -100,7 +100,7 @@ static uint64_t empty(struct uvas_arena *arena, const struct uvas_run *run) {
 
 uint64_t uvas_trim_pages(struct uvas_arena *arena) {
     uint64_t given = 0;
-    if ((arena->flags & UVAS_ARENA_BARE) || !begin_giving(arena)) {
+    if ((arena->flags & UVAS_ARENA_BARE) || !uvas_trim_begin(arena)) {
         return 0;
     }
     uint32_t count = atomic_load_explicit(&arena->region_count, memory_order_relaxed);
@@ -122,7 +122,7 @@ uint64_t uvas_trim_pages(struct uvas_arena *arena) {
             }
         }
     }
-    end_giving(arena);
+    uvas_trim_end(arena);
     return given;
 }
 
@@ -187,7 +187,7 @@ static uint64_t empty_slab(struct uvas_slab *slab) {
 
 uint64_t uvas_trim_slabs(struct uvas_arena *arena) {
     uint64_t given = 0;
-    if ((arena->flags & UVAS_ARENA_BARE) || arena->pages == UVAS_PAGES_HUGE || !begin_giving(arena)) {
+    if ((arena->flags & UVAS_ARENA_BARE) || arena->pages == UVAS_PAGES_HUGE || !uvas_trim_begin(arena)) {
         return 0;
     }
     if (begin_rest(arena)) {
@@ -200,6 +200,6 @@ uint64_t uvas_trim_slabs(struct uvas_arena *arena) {
         (void)pthread_mutex_lock(&arena->lock);
         end_rest(arena);
     }
-    end_giving(arena);
+    uvas_trim_end(arena);
     return given;
 }
