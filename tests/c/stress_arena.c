@@ -273,7 +273,7 @@ static void close_arenas(const uintptr_t *pinned) {
 }
 
 static void set_timer(long interval_us) {
-    struct itimerval timer = {{0, interval_us}, {0, interval_us}};
+    struct itimerval timer = {{0, (suseconds_t)interval_us}, {0, (suseconds_t)interval_us}};
     CHECK(setitimer(ITIMER_PROF, &timer, NULL) == 0);
 }
 

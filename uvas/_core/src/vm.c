@@ -75,6 +75,7 @@ _Static_assert(sizeof(struct procmap_query_abi) == 104, "the kernel's layout");
 #define SHARED_ALIGN_MAX ((size_t)4 << 20) /* parisc's SHMLBA, the largest known */
 #define NODES_MAX 1024       /* the most that kernels are built for */
 #define RESIDENT_BATCH 16384 /* pages asked of mincore at once */
+#define LEAST_PAGE 4096u
 #define PARENT_POLL_MS 50  /* where pidfd_open is lacking */
 
 struct uvas_platform uvas_vm_platform;
@@ -566,7 +567,7 @@ int uvas_vm_memfd_huge(const char *name, size_t size) {
 int uvas_vm_resident(uintptr_t base, size_t size, uint64_t *bytes) {
     unsigned char pages[RESIDENT_BATCH];
     for (uint64_t found = 0; ; ) {
-        size_t part = size < RESIDENT_BATCH * PAGE ? size : RESIDENT_BATCH * PAGE;
+        size_t most = (size_t)RESIDENT_BATCH * LEAST_PAGE, part = size < most ? size : most; /* qemu-user answers in the host's pages, not in its own */
         if (syscall(SYS_mincore, base, part, pages) < 0) {
             return -errno;
         }
