@@ -197,3 +197,16 @@ def test_the_demo_verifies_what_it_claims() -> None:
     assert outcome["squatter_bytes_lost"] == 0
     assert outcome["audit_findings"] == 0
     assert outcome["clobber_lost"] > 0 or outcome["clobber_deaths"]
+
+
+def test_the_demo_shows_the_harm_from_wherever_it_is_started(tmp_path: Path) -> None:
+    """In a checkout whose package is installed elsewhere, ``-m`` would find sources that are not built."""
+    (tmp_path / "uvas").mkdir()
+    (tmp_path / "uvas" / "__init__.py").write_text("raise ImportError('sources, not built')")
+    program = "from uvas.demo.run import main; raise SystemExit(main(as_json=True))"
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["clobber_maps"] > 0
+    assert not [death for death in outcome["clobber_deaths"] if death.startswith("exit code")]

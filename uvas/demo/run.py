@@ -195,11 +195,15 @@ def _show_harm(console: Console, outcome: Outcome) -> None:
         left = _CLOBBER_SECONDS - spent if harmed else max(1.0, _CLOBBER_SECONDS - spent)
         if left < 0.2:
             break
-        command = [sys.executable, "-m", "uvas.demo.clobber", f"{left:.2f}"]
+        # -P: from a checkout's directory -m would find the sources there instead of what is installed.
+        command = [sys.executable, "-P", "-m", "uvas.demo.clobber", f"{left:.2f}"]
         child = subprocess.run(
             command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"}
         )
         lines = child.stdout.splitlines()
+        if not lines and child.returncode > 0:  # a death is no proof before the race has begun
+            outcome.claim(False, f"the race with MAP_FIXED did not begin: {child.stderr.strip()[-200:]}")
+            return
         last = json.loads(lines[-1]) if lines else {"maps": 0, "victim_lost": 0}
         outcome.clobber_maps += last["maps"]
         outcome.clobber_lost += last["victim_lost"]
