@@ -16,7 +16,7 @@ struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t 
     return NULL;
 }
 
-bool uvas_slab_block(struct uvas_slab *slab, uintptr_t address, uintptr_t *base, size_t *bytes) {
+static bool slab_block(struct uvas_slab *slab, uintptr_t address, uintptr_t *base, size_t *bytes) {
     uintptr_t start = uvas_run_base(&slab->run);
     size_t index = uvas_slab_index(slab, address - start), size = atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed);
     if (index >= atomic_load_explicit(&slab->run.count, memory_order_relaxed) || index / 64 >= slab->run.words) {
@@ -37,7 +37,7 @@ bool uvas_block_locate(const struct uvas_region *region, uintptr_t address, stru
     *run = uvas_region_find(region, address);
     uint32_t state = *run ? uvas_run_state(*run) : UVAS_RUN_NONE;
     if (state == UVAS_RUN_SLAB) {
-        return uvas_slab_block((struct uvas_slab *)*run, address, base, bytes);
+        return slab_block((struct uvas_slab *)*run, address, base, bytes);
     }
     if (state != UVAS_RUN_LARGE) {
         return false;
