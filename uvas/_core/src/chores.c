@@ -14,15 +14,23 @@
 /* ---- members, mirrors, stores ------------------------------------------------------------------------------------------------------------ */
 
 static int join(struct uvas_errand *request) {
+    struct uvas_member *member = request->member;
     if (uvas_pager.member_count == UVAS_MEMBERS_MAX) {
         return -E2BIG;
     }
-    uvas_pager.members[uvas_pager.member_count++] = request->member;
+    int rc = uvas_watch_add(uvas_pager.watch, member->faults, uvas_watched(member, UVAS_WATCHED_FAULTS));
+    rc = rc < 0 || member->process < 0 ? rc : uvas_watch_add(uvas_pager.watch, member->process, uvas_watched(member, UVAS_WATCHED_PROCESS));
+    if (rc < 0) {
+        uvas_watch_remove(uvas_pager.watch, member->faults);
+        return rc;
+    }
+    uvas_pager.members[uvas_pager.member_count++] = member;
     request->member->domain->members[request->member->party] = request->member;
     return 0;
 }
 
 static void part(struct uvas_member *member) {
+    uvas_unwatch(member);
     uint32_t at = 0;
     while (at < uvas_pager.member_count && uvas_pager.members[at] != member) {
         at++;
@@ -31,6 +39,7 @@ static void part(struct uvas_member *member) {
         uvas_pager.members[at] = uvas_pager.members[--uvas_pager.member_count];
     }
     member->domain->members[member->party] = NULL;
+    uvas_unpark(NULL, member);
 }
 
 static void add(struct uvas_errand *request) {
@@ -60,7 +69,25 @@ static void add(struct uvas_errand *request) {
     mirror->number = number;
 }
 
-static void take_off(struct uvas_mirror *mirror) {
+/* Memory that lives on without devices is watched no more: what was protected may be written, what is not there is the kernel's to fill. */
+static void disarm(struct uvas_mirror *mirror) {
+    for (uint32_t g = 0; mirror->armed && g < mirror->granules;) {
+        if (!mirror->blocks[g / UVAS_BLOCK_GRANULES]) {
+            g = (g / UVAS_BLOCK_GRANULES + 1) * UVAS_BLOCK_GRANULES;
+            continue;
+        }
+        struct uvas_extent run = uvas_extent_from(mirror, g, mirror->granules - g);
+        if (run.word & UVAS_COMMITTED) {
+            (void)uvas_fault_unregister(uvas_pager.faults, uvas_extent_base(&run), uvas_extent_bytes(&run));
+        }
+        g += run.count;
+    }
+}
+
+static void take_off(struct uvas_mirror *mirror, bool lives_on) {
+    if (lives_on) {
+        disarm(mirror);
+    }
     uint32_t at = 0;
     while (uvas_pager.mirrors[at] != mirror) {
         at++;
@@ -73,7 +100,7 @@ static void take_off(struct uvas_mirror *mirror) {
             uvas_streams_forget(member, mirror);
         }
     }
-    uvas_unpark(mirror);
+    uvas_unpark(mirror, NULL);
     uvas_pager.numbered[mirror->number] = NULL;
 }
 
@@ -89,6 +116,11 @@ static int commit(struct uvas_errand *request) {
     struct uvas_extent run = all_of(mirror, request->first, request->end);
     bool fresh = !(uvas_granule_word(&mirror->directory[request->first]) & UVAS_COMMITTED);
     int rc = fresh && mirror->armed ? uvas_fault_register(uvas_pager.faults, uvas_extent_base(&run), uvas_extent_bytes(&run), false) : 0;
+    for (uint32_t party = 1; fresh && party < UVAS_PARTIES; party++) { /* a worker that touched it too early has put a page there */
+        if (mirror->stores[party].alias) {
+            mirror->stores[party].stale |= uvas_vm_punch(mirror->stores[party].fd, (int64_t)uvas_extent_offset(&run), uvas_extent_bytes(&run)) < 0;
+        }
+    }
     if (rc == 0 && fresh) {
         uvas_publish(&run, UVAS_COMMITTED | (mirror->armed ? 0u : UVAS_MODIFIED | 1u << UVAS_HOST));
         memset(&mirror->blocks[run.first / UVAS_BLOCK_GRANULES], 1, (request->end - 1) / UVAS_BLOCK_GRANULES - run.first / UVAS_BLOCK_GRANULES + 1);
@@ -102,11 +134,12 @@ static void link_stretch(struct uvas_stretch **list, struct uvas_stretch *stretc
     *list = stretch;
 }
 
+/* What is not in the list has gone with a mirror before this one. */
 static void unlink_stretch(struct uvas_stretch **list, struct uvas_stretch *stretch) {
-    while (*list != stretch) {
+    while (*list && *list != stretch) {
         list = &(*list)->next;
     }
-    *list = stretch->next;
+    *list = *list ? stretch->next : NULL;
 }
 
 /* The host's mapping is gone, and the devices': so is all that they held. */
@@ -173,11 +206,10 @@ static void refused(struct uvas_errand *request, const struct uvas_extent *run, 
     if (run->count > 1) {
         request->most = run->count / 2;
     } else if ((rc == -EBUSY || rc == -EAGAIN) && request->tries++ < UNSHARE_TRIES) {
-        struct uvas_ready none;
         if (rc == -EBUSY && uvas_move_stuck()) {
             uvas_unshare(uvas_move_stuck());
         }
-        uvas_wait_ready(&none, 0, UNSHARE_WAIT_NS);
+        uvas_pause_ns(UNSHARE_WAIT_NS);
     } else {
         stayed(request, run->first, 1, rc);
     }
@@ -185,15 +217,25 @@ static void refused(struct uvas_errand *request, const struct uvas_extent *run, 
 
 static bool move_some(struct uvas_errand *request) {
     struct uvas_mirror *mirror = request->mirror;
+    struct uvas_member *member = mirror->domain->members[request->party];
+    if (!member || member->dead) {
+        request->rc = -ESRCH;
+        return true;
+    }
     if (!mirror->armed && (request->rc = uvas_arm(mirror)) < 0) {
         return true;
+    }
+    if (uvas_pager.pausing && request->party != UVAS_HOST) {
+        return false;
     }
     for (size_t bytes = 0; request->first < request->end && bytes < UVAS_MOVE_BYTES && request->rc == 0;) {
         uint32_t left = request->end - request->first;
         struct uvas_extent run = uvas_extent_from(mirror, request->first, left < request->most ? left : request->most);
         bool write = request->write && !duplicates(request, &run);
+        if (uvas_within(mirror->suspended, run.first)) {
+            return false; /* whoever takes it away will be done soon */
+        }
         if (!(run.word & UVAS_COMMITTED) || (run.word & UVAS_LOST) || (request->party != UVAS_HOST && uvas_within(mirror->pinned, run.first))) {
-            run.count = run.word & UVAS_COMMITTED && !(run.word & UVAS_LOST) ? 1 : run.count;
             stayed(request, run.first, run.count, run.word & UVAS_LOST ? -EIO : run.word & UVAS_COMMITTED ? -EBUSY : -ENOMEM);
             continue;
         }
@@ -204,9 +246,8 @@ static bool move_some(struct uvas_errand *request) {
         }
         int rc = move_run(request, &run, write);
         if (rc < 0) {
-            bool member_gone = mirror->domain->members[request->party]->dead;
-            if (member_gone || (rc == -ENOMEM && run.count == 1)) {
-                request->rc = member_gone ? -ESRCH : rc;
+            if (rc == -ENOMEM && run.count == 1) {
+                request->rc = rc;
                 break;
             }
             refused(request, &run, rc);
@@ -241,12 +282,15 @@ int uvas_bring_home(struct uvas_member *member, bool leaves, uint32_t *at, uint3
                 continue;
             }
             struct uvas_extent run = uvas_extent_from(mirror, *first, UVAS_BLOCK_GRANULES - *first % UVAS_BLOCK_GRANULES);
-            bool has = (run.word >> member->party & 1) && !uvas_within(mirror->suspended, run.first);
+            bool has = (run.word >> member->party & 1) != 0;
+            if (has && uvas_within(mirror->suspended, run.first)) {
+                return 0; /* whoever takes it away will be done soon */
+            }
             int rc = has ? bring_run_home(member, &run, leaves) : 0;
+            *first += run.count;
             if (rc < 0 && rc != -EIO) {
                 return rc;
             }
-            *first += run.count;
             bytes += has ? uvas_extent_bytes(&run) : 0;
             if (bytes >= UVAS_MOVE_BYTES) {
                 return 0;
@@ -269,11 +313,12 @@ static bool leave(struct uvas_errand *request) {
 
 /* For every device one after the other; what cannot come home is named by nobody, as the child cannot be told. It reads zeros there. */
 static bool pause_some(struct uvas_errand *request) {
+    uvas_pager.pausing = true;
     if (request->party >= uvas_pager.member_count) {
         return true;
     }
     int rc = uvas_bring_home(uvas_pager.members[request->party], false, &request->at, &request->first);
-    if (rc != 0) {
+    if (rc > 0) {
         request->party++;
         request->at = request->first = 0;
     }
@@ -317,7 +362,7 @@ bool uvas_chore(struct uvas_errand *request) {
         add(request);
         return true;
     case UVAS_ASK_REMOVE:
-        take_off(mirror);
+        take_off(mirror, request->write);
         return true;
     case UVAS_ASK_STORE:
         mirror->stores[request->party] = request->store;

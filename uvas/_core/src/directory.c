@@ -23,7 +23,7 @@ static struct uvas_transition bring(uint32_t word, uint32_t party, bool write) {
     next.steps |= take && !write ? UVAS_STEP_KEEP : 0u;
     next.drops = write ? holders & ~(take ? 1u : 0u) : 0u; /* what was taken is dropped already */
     next.steps |= next.drops ? UVAS_STEP_DROP : 0u;
-    next.steps |= party != UVAS_HOST ? UVAS_STEP_MAP : write ? UVAS_STEP_UNPROTECT : 0u; /* filling the host maps its pages, protected */
+    next.steps |= write ? UVAS_STEP_UNPROTECT : 0u; /* filling maps its pages, protected */
     next.after = (word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED)) | 1u << party | (write ? UVAS_MODIFIED : holders);
     return next;
 }

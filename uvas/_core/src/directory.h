@@ -10,10 +10,10 @@
  * model in the tests is searched exhaustively with the same order of steps:
  *
  *   take       the host's pages are moved out of everybody's reach (or the device that may write is protected: what it has is stable then)
- *   fill       the new holder's memory is made complete, out of its reach still
- *   keep       the host gets a copy back, write-protected, where it goes on reading
+ *   fill       the new holder gets a complete copy, write-protected: now both may read
+ *   keep       the host gets a copy back, likewise, where it goes on reading
  *   drop       all others lose theirs, where one is to write
- *   grant      the new holder may reach it
+ *   unprotect  the new holder may write
  */
 #ifndef UVAS_DIRECTORY_H
 #define UVAS_DIRECTORY_H
@@ -41,10 +41,10 @@ enum uvas_transition_step {
     UVAS_STEP_ZERO = 1,      /* there is nothing to bring: zeros */
     UVAS_STEP_TAKE = 2,      /* the host's pages go to staging */
     UVAS_STEP_PROTECT = 4,   /* the source, a device that may write, is stopped */
-    UVAS_STEP_FILL = 8,      /* the new holder's memory is filled from staging or from the source */
+    UVAS_STEP_FILL = 8,      /* the new holder gets pages from staging or from the source, protected */
     UVAS_STEP_KEEP = 16,     /* the host gets a protected copy back from staging */
     UVAS_STEP_DROP = 32,     /* all others lose theirs */
-    UVAS_STEP_MAP = 64,      /* the new holder's pages are mapped, protected unless it may write */
+    UVAS_STEP_MAP = 64,      /* a device's zeros are mapped */
     UVAS_STEP_UNPROTECT = 128, /* the new holder may write */
 };
 

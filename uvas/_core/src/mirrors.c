@@ -40,17 +40,21 @@ int uvas_mirrors_unsupported(int rc) {
 
 static void close_pager(void) {
     uvas_moves_close();
+    uvas_vm_close(uvas_pager.watch);
     uvas_vm_close(uvas_pager.bell);
     uvas_vm_close(uvas_pager.faults);
     free(uvas_pager.mirrors);
     free(uvas_pager.numbered);
-    uvas_pager = (struct uvas_pager){.faults = -1, .bell = -1};
+    uvas_pager = (struct uvas_pager){.faults = -1, .bell = -1, .watch = -1};
 }
 
 static int start_pager(void) {
     uvas_pager.faults = uvas_fault_open(false, &uvas_pager.features);
     int rc = uvas_pager.faults;
     rc = rc < 0 ? rc : (uvas_pager.bell = uvas_bell_open());
+    rc = rc < 0 ? rc : (uvas_pager.watch = uvas_watch_open());
+    rc = rc < 0 ? rc : uvas_watch_add(uvas_pager.watch, uvas_pager.bell, uvas_watched(NULL, UVAS_WATCHED_BELL));
+    rc = rc < 0 ? rc : uvas_watch_add(uvas_pager.watch, uvas_pager.faults, uvas_watched(NULL, UVAS_WATCHED_FAULTS));
     rc = rc < 0 ? rc : uvas_moves_open(uvas_pager.faults, uvas_pager.features);
     rc = rc < 0 ? rc : uvas_guard_start();
     if (rc >= 0) {
@@ -206,7 +210,10 @@ int uvas_mirrors_join(struct uvas_space *space, struct uvas_party *party) {
         member->domain = domain;
         member->party = number;
         struct uvas_errand join = {.kind = UVAS_ASK_JOIN, .member = member};
-        if (uvas_ask(&join) < 0) {
+        rc = uvas_ask(&join);
+        if (rc < 0 && rc != -E2BIG) {
+            rc = uvas_fail_system(0, 0, "epoll_ctl", rc);
+        } else if (rc < 0) {
             rc = uvas_fail_unsupported("more private devices", "detach some", "this process has %u devices with memory of their own already", UVAS_MEMBERS_MAX);
         }
     }
@@ -424,7 +431,7 @@ void uvas_mirrors_drop(struct uvas_record *record, struct uvas_stretch *stretch)
         if (stretch->end) {
             uvas_mirrors_settle(record, stretch, true);
         }
-        struct uvas_errand remove = {.kind = UVAS_ASK_REMOVE, .mirror = record->mirror};
+        struct uvas_errand remove = {.kind = UVAS_ASK_REMOVE, .mirror = record->mirror, .write = stretch->end == 0};
         (void)uvas_ask(&remove);
         free_mirror(record->mirror);
         record->mirror = NULL;
@@ -526,9 +533,10 @@ void uvas_mirrors_after_fork_in_child(void) {
         }
     }
     uvas_moves_forget();
+    uvas_vm_close(uvas_pager.watch);
     uvas_vm_close(uvas_pager.bell);
     uvas_vm_close(uvas_pager.faults);
-    uvas_pager = (struct uvas_pager){.faults = -1, .bell = -1};
+    uvas_pager = (struct uvas_pager){.faults = -1, .bell = -1, .watch = -1};
     uvas_requests_forget();
     uvas_guard_forget();
     users = mirrors = tables_room = 0;

@@ -307,7 +307,7 @@ int uvas_discard(uvas_id reservation, size_t offset, size_t size) {
 struct pin {
     struct uvas_stretch stretch;
     uvas_id lease;
-    struct uvas_record *record;
+    uvas_id reservation; /* 0: nothing there moves */
 };
 _Static_assert(sizeof(struct pin) <= sizeof(struct uvas_pin), "what is public has room for it");
 
@@ -327,7 +327,7 @@ int uvas_pin_host(uvas_id reservation, size_t offset, size_t size, struct uvas_p
     rc = -EAGAIN;
     if (record->mirror) {
         struct granules range = widened(record, offset, size);
-        held->record = record;
+        held->reservation = reservation;
         held->stretch = (struct uvas_stretch){.first = range.first, .end = range.end};
         struct uvas_errand pinning = {.kind = UVAS_ASK_PIN, .mirror = record->mirror, .stretch = &held->stretch};
         for (int tries = 0; rc == -EAGAIN && tries < PIN_TRIES; tries++) {
@@ -351,9 +351,14 @@ int uvas_unpin_host(struct uvas_pin *out) {
     if (!held->lease) {
         return uvas_fail_invalid("this pin is not in use");
     }
-    if (held->record) { /* the lease has kept it */
-        struct uvas_errand unpin = {.kind = UVAS_ASK_UNPIN, .mirror = held->record->mirror, .stretch = &held->stretch};
+    int rc;
+    struct uvas_record *record = held->reservation ? pin_record(held->reservation, 0, 1, &rc) : NULL; /* the lease has kept it */
+    if (record && record->mirror) { /* its last private device may have gone meanwhile */
+        struct uvas_errand unpin = {.kind = UVAS_ASK_UNPIN, .mirror = record->mirror, .stretch = &held->stretch};
         (void)uvas_ask(&unpin);
+    }
+    if (record) {
+        unpin_record(record);
     }
     (void)uvas_unlease(held->lease);
     memset(out, 0, sizeof *out);

@@ -22,11 +22,21 @@ static struct {
 
 /* ---- runs ------------------------------------------------------------------------------------------------------------------------- */
 
+/* Granules from `first` on that lie all inside or all outside of each stretch. */
+static uint32_t until_edge(const struct uvas_stretch *list, uint32_t first, uint32_t most) {
+    for (; list; list = list->next) {
+        uint32_t edge = first < list->first ? list->first : first < list->end ? list->end : UINT32_MAX;
+        most = edge - first < most ? edge - first : most;
+    }
+    return most;
+}
+
 struct uvas_extent uvas_extent_from(struct uvas_mirror *mirror, uint32_t first, uint32_t most) {
     uint32_t word = uvas_granule_word(&mirror->directory[first]), count = 1;
     uint32_t at_once = (uint32_t)(UVAS_MOVE_BYTES >> mirror->domain->shift);
     most = most < at_once ? most : at_once;
     most = most < mirror->granules - first ? most : mirror->granules - first;
+    most = until_edge(mirror->pinned, first, until_edge(mirror->suspended, first, most));
     while (count < most && uvas_granule_word(&mirror->directory[first + count]) == word) {
         count++;
     }
@@ -82,20 +92,20 @@ static char *staged(const struct uvas_extent *run) {
 }
 
 static void drop_staging(const struct uvas_extent *run) {
-    (void)uvas_vm_drop((uintptr_t)staged(run), uvas_extent_bytes(run));
+    (void)uvas_vm_drop_surely((uintptr_t)staged(run), uvas_extent_bytes(run));
 }
 
-/* Whether the host has a page there, in RAM or swapped out. */
-static bool present(uintptr_t address) {
+/* Whether the host has a page there, in RAM or swapped out: 1, 0, or -errno. */
+static int present(uintptr_t address) {
     uint64_t entry = 0;
-    (void)uvas_vm_read_at(our.pages, &entry, sizeof entry, (int64_t)(address / uvas_vm_platform.page_size * sizeof entry));
-    return (entry >> 62) != 0;
+    long got = uvas_vm_read_at(our.pages, &entry, sizeof entry, (int64_t)(address / uvas_vm_platform.page_size * sizeof entry));
+    return got < 0 ? (int)got : got < (long)sizeof entry ? -EIO : (entry >> 62) != 0;
 }
 
 /* A page that is in the middle of something else's move answers EEXIST although it has moved: the source tells. */
 static long move_some(uintptr_t to, uintptr_t from, size_t size) {
     long moved = uvas_fault_move(our.faults, to, from, size);
-    return moved == -EEXIST && !present(from) ? (long)uvas_vm_platform.page_size : moved;
+    return moved == -EEXIST && present(from) == 0 ? (long)uvas_vm_platform.page_size : moved;
 }
 
 /* What was taken goes back, by a copy where it will not move. Nothing else can have come there: who touches it waits for us. */
@@ -105,7 +115,8 @@ static int put_back(uintptr_t to, uintptr_t from, size_t size) {
     for (size_t done = 0; done < size;) {
         long put = move_some(to + done, from + done, size - done);
         if (put < 0 && put != -EAGAIN) {
-            put = present(from + done) ? uvas_fault_copy(our.faults, to + done, (const void *)(from + done), page, false) : (long)page;
+            int there = present(from + done);
+            put = there > 0 ? uvas_fault_copy(our.faults, to + done, (const void *)(from + done), page, false) : there < 0 ? there : (long)page;
         }
         if (put < 0 && tries++ == MOVE_TRIES) {
             return (int)put;
@@ -142,9 +153,10 @@ static int copy_out(const struct uvas_extent *run) {
     size_t page = uvas_vm_platform.page_size;
     int rc = uvas_fault_protect(our.faults, uvas_extent_base(run), uvas_extent_bytes(run));
     for (size_t at = 0; rc == 0 && at < uvas_extent_bytes(run); at += page) {
-        if (present(uvas_extent_base(run) + at)) {
+        rc = present(uvas_extent_base(run) + at);
+        if (rc > 0) {
             long got = uvas_vm_read_at(our.bytes, staged(run) + at, page, (int64_t)(uvas_extent_base(run) + at));
-            rc = got < 0 ? (int)got : got < (long)page ? -EFAULT : 0;
+            rc = got < 0 ? (int)got : got < (long)page ? -EIO : 0;
         }
     }
     if (rc < 0) {
@@ -154,23 +166,39 @@ static int copy_out(const struct uvas_extent *run) {
     return rc;
 }
 
+/* What was taken could not be put back: the first party to touch it is told. */
+static int lost_in_staging(const struct uvas_extent *run) {
+    drop_staging(run);
+    uvas_publish(run, (run->word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED)) | UVAS_LOST);
+    (void)uvas_vm_drop_surely(uvas_extent_base(run), uvas_extent_bytes(run));
+    return -EIO;
+}
+
 static int take(const struct uvas_extent *run, bool *copied) {
     *copied = false;
     int rc = our.features & UVAS_FAULT_MOVES ? take_pages((uintptr_t)staged(run), uvas_extent_base(run), uvas_extent_bytes(run)) : -EINVAL;
+    if (rc == -EIO) {
+        return lost_in_staging(run);
+    }
     if (rc == -EINVAL || (rc == -EBUSY && !(run->word & UVAS_MODIFIED))) { /* what nobody may write has no write in flight */
         *copied = true;
         rc = copy_out(run);
     }
+    if (rc < 0) { /* what had moved and came back is protected no more; only the host has it */
+        uvas_publish(run, run->word | UVAS_MODIFIED);
+    }
     return rc;
 }
 
-static void give_back(const struct uvas_extent *run, bool copied) {
+static int give_back(const struct uvas_extent *run, bool copied) {
+    uvas_publish(run, run->word | UVAS_MODIFIED);
     if (copied) {
         drop_staging(run);
         (void)uvas_fault_unprotect(our.faults, uvas_extent_base(run), uvas_extent_bytes(run));
-    } else {
-        (void)put_back(uvas_extent_base(run), (uintptr_t)staged(run), uvas_extent_bytes(run));
+        return 0;
     }
+    int rc = put_back(uvas_extent_base(run), (uintptr_t)staged(run), uvas_extent_bytes(run));
+    return rc < 0 ? lost_in_staging(run) : 0;
 }
 
 /* ---- one party's memory ------------------------------------------------------------------------------------------------------------------ */
@@ -188,9 +216,20 @@ static bool gone(long rc) {
     return rc == -ESRCH || rc == -ENOENT;
 }
 
+/* A call that stops at the first page which is not watched any more (a worker lets go of a part) is made granule by granule. */
 static int protect(const struct uvas_extent *run, uint32_t party) {
     struct uvas_member *member = member_of(run, party);
-    int rc = member->dead ? 0 : uvas_fault_protect(member->faults, uvas_extent_base(run), uvas_extent_bytes(run));
+    if (member->dead) {
+        return 0;
+    }
+    int rc = uvas_fault_protect(member->faults, uvas_extent_base(run), uvas_extent_bytes(run));
+    size_t granule = (size_t)1 << run->mirror->domain->shift;
+    for (size_t at = 0; rc == -ENOENT && run->count > 1 && at < uvas_extent_bytes(run); at += granule) {
+        int one = uvas_fault_protect(member->faults, uvas_extent_base(run) + at, granule);
+        if (one < 0 && !gone(one)) {
+            return one;
+        }
+    }
     return gone(rc) ? 0 : rc;
 }
 
@@ -198,18 +237,6 @@ static int unprotect(const struct uvas_extent *run, uint32_t party) {
     struct uvas_member *member = member_of(run, party);
     int rc = member->dead ? 0 : uvas_fault_unprotect(party == UVAS_HOST ? our.faults : member->faults, uvas_extent_base(run), uvas_extent_bytes(run));
     return gone(rc) ? 0 : rc;
-}
-
-/* Bytes into a device's memory, which nobody can reach yet. */
-static int write_store(const struct uvas_extent *run, uint32_t party, const char *from) {
-    for (size_t done = 0; done < uvas_extent_bytes(run);) {
-        long put = uvas_vm_write_at(run->mirror->stores[party].fd, from + done, uvas_extent_bytes(run) - done, (int64_t)(uvas_extent_offset(run) + done));
-        if (put <= 0) {
-            return put == 0 || put == -ENOSPC ? -ENOMEM : (int)put;
-        }
-        done += (size_t)put;
-    }
-    return 0;
 }
 
 static int punch(const struct uvas_extent *run, uint32_t party) {
@@ -236,23 +263,22 @@ static int map(const struct uvas_extent *run, uint32_t party, bool protected) {
     return 0;
 }
 
-/* Bytes into the host's memory, write-protected. */
-static int copy_in(const struct uvas_extent *run, const char *from) {
+/* Bytes into a party's memory, write-protected. A page that is there already has them: nobody else puts one there. */
+static int copy_in(const struct uvas_extent *run, uint32_t party, const char *from) {
+    int faults = party == UVAS_HOST ? our.faults : member_of(run, party)->faults;
     for (size_t done = 0; done < uvas_extent_bytes(run);) {
-        long put = uvas_fault_copy(our.faults, uvas_extent_base(run) + done, from + done, uvas_extent_bytes(run) - done, true);
-        if (put == -EAGAIN) {
-            continue;
-        }
-        if (put < 0 && put != -EEXIST) {
+        long put = uvas_fault_copy(faults, uvas_extent_base(run) + done, from + done, uvas_extent_bytes(run) - done, true);
+        if (put < 0 && put != -EEXIST && put != -EAGAIN) {
             return (int)put;
         }
-        done += put > 0 ? (size_t)put : uvas_vm_platform.page_size;
+        done += put > 0 ? (size_t)put : put == -EEXIST ? uvas_vm_platform.page_size : 0;
     }
     return 0;
 }
 
-static void drop_host(const struct uvas_extent *run) {
-    (void)uvas_vm_drop(uvas_extent_base(run), uvas_extent_bytes(run));
+static int drop_host(const struct uvas_extent *run) {
+    int refused = uvas_vm_gate();
+    return refused ? -refused : uvas_vm_drop_surely(uvas_extent_base(run), uvas_extent_bytes(run));
 }
 
 /* ---- moving ---------------------------------------------------------------------------------------------------------------------------- */
@@ -278,59 +304,55 @@ static void count(const struct uvas_extent *run, uint32_t from, uint32_t to) {
     atomic_fetch_add_explicit(&member_of(run, to)->bytes_in, uvas_extent_bytes(run), memory_order_relaxed);
 }
 
-/* The source could not be read, or the new holder not be filled: as it was. */
+/* The source could not be read, or the new holder not be filled: what it got goes, and what was taken goes back. */
 static int undo_fill(const struct uvas_extent *run, uint32_t party, const struct uvas_transition *next, bool copied, int rc) {
     if (party == UVAS_HOST) {
-        drop_host(run);
+        (void)uvas_vm_drop_surely(uvas_extent_base(run), uvas_extent_bytes(run));
     } else {
-        (void)uvas_vm_punch(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+        run->mirror->stores[party].stale |= uvas_vm_punch(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run)) < 0;
     }
     if (next->steps & UVAS_STEP_TAKE) {
-        give_back(run, copied);
-        uvas_publish(run, (run->word & ~UVAS_PARTY_BITS) | UVAS_MODIFIED | 1u << UVAS_HOST); /* moving takes protection away */
+        int back = give_back(run, copied);
+        rc = back < 0 ? back : rc;
     } else if (next->steps & UVAS_STEP_PROTECT) {
         (void)unprotect(run, next->source);
     }
     return rc;
 }
 
-/* All others lose theirs. Returns those who did not (punching failed): they keep a copy that is true, as nobody has written yet. */
+/* All others lose theirs. Returns those who did not: they keep a copy that is true, as nobody has written yet. */
 static uint32_t drop_others(const struct uvas_extent *run, uint32_t drops) {
-    uint32_t left = 0;
-    if (drops & 1) {
-        drop_host(run);
-    }
+    uint32_t left = (drops & 1) && drop_host(run) < 0 ? 1u : 0u;
     for (uint32_t party = 1; drops >> party != 0; party++) {
         left |= (drops >> party & 1) && punch(run, party) < 0 ? 1u << party : 0u;
     }
     return left;
 }
 
-/* The new holder is full and out of everybody's reach. */
+/* The new holder has its copy. */
 static int hand_over(const struct uvas_extent *run, uint32_t party, bool write, struct uvas_transition *next, bool copied) {
-    if ((next->steps & UVAS_STEP_KEEP) && copy_in(run, staged(run)) < 0) { /* where pages stayed it fills the holes */
-        drop_host(run); /* no room on the host for a copy: the device has it alone */
-        next->after = (next->after & ~UVAS_PARTY_BITS) | 1u << party | UVAS_MODIFIED;
-        write = true;
+    uint32_t left = next->steps & UVAS_STEP_DROP ? drop_others(run, next->drops) : 0;
+    if (copied && write) {
+        left |= drop_host(run) < 0 ? 1u : 0u;
     }
-    if ((next->steps & UVAS_STEP_TAKE)) {
-        if (copied && write) {
-            drop_host(run);
-        }
+    if ((next->steps & UVAS_STEP_KEEP) && copy_in(run, UVAS_HOST, staged(run)) < 0) { /* where pages stayed it fills the holes */
+        (void)uvas_vm_drop_surely(uvas_extent_base(run), uvas_extent_bytes(run)); /* no room on the host for a copy: the device has it alone */
+        next->after &= ~1u;
+    }
+    if (next->steps & UVAS_STEP_TAKE) {
         drop_staging(run);
     }
-    uint32_t left = next->steps & UVAS_STEP_DROP ? drop_others(run, next->drops) : 0;
     if (left) { /* nobody may write while somebody else reads */
         next->after = (next->after & ~UVAS_MODIFIED) | left;
         write = false;
     }
-    int rc = left ? -EAGAIN : 0;
     uvas_publish(run, next->after);
-    if (party != UVAS_HOST) {
-        int mapped = next->steps & UVAS_STEP_MAP ? map(run, party, !write) : write ? unprotect(run, party) : 0;
-        return rc < 0 ? rc : mapped == -ENOMEM ? 0 : mapped; /* what is not mapped is a fault, which finds it there */
+    if (party != UVAS_HOST && !(run->word >> party & 1)) {
+        uvas_residency_came(member_of(run, party), run);
     }
-    return rc == 0 && write ? unprotect(run, UVAS_HOST) : rc;
+    int rc = next->steps & UVAS_STEP_MAP ? map(run, party, false) : 0;
+    rc = rc == 0 && write && (next->steps & UVAS_STEP_UNPROTECT) ? unprotect(run, party) : rc;
+    return left ? -EAGAIN : rc == -ENOMEM ? 0 : rc; /* what is not mapped is a fault, which finds it there */
 }
 
 /* Whether a device's memory cannot be read (it broke): asked again, by another call, before anything is given up. */
@@ -361,15 +383,11 @@ static int bring(const struct uvas_extent *run, uint32_t party, bool write, stru
     if (rc < 0) {
         return rc;
     }
-    const char *from = next->steps & UVAS_STEP_TAKE ? staged(run) : alias_of(run, next->source);
-    rc = party == UVAS_HOST ? copy_in(run, from) : write_store(run, party, from);
+    rc = copy_in(run, party, next->steps & UVAS_STEP_TAKE ? staged(run) : alias_of(run, next->source));
     if (rc < 0) {
         rc = undo_fill(run, party, next, copied, rc);
         bool broken = (rc == -EFAULT || rc == -EHWPOISON || rc == -EIO) && uvas_holders(run->word) == 1u << next->source && next->source != UVAS_HOST;
         return broken && unreadable(run, next->source) ? lose(run) : rc;
-    }
-    if (party != UVAS_HOST) {
-        uvas_residency_came(member_of(run, party), run);
     }
     count(run, next->source, party);
     return hand_over(run, party, write, next, copied);
@@ -383,13 +401,12 @@ int uvas_move(const struct uvas_extent *run, uint32_t party, bool write) {
     }
     if (next.steps & UVAS_STEP_ZERO) {
         int rc = fill_zero(run, party);
+        if (rc < 0 && party == UVAS_HOST) {
+            uvas_publish(run, next.after); /* some of it is there, and may be written; the rest are holes, which read as zeros */
+        }
         if (rc < 0) {
             return party == UVAS_HOST ? rc : undo_fill(run, party, &next, false, rc);
         }
-        if (party != UVAS_HOST) {
-            uvas_residency_came(member_of(run, party), run);
-        }
-        write = true;
     }
     return next.steps ? hand_over(run, party, write, &next, false) : 0;
 }
@@ -405,42 +422,42 @@ int uvas_move_drop(const struct uvas_extent *run, uint32_t party) {
 }
 
 int uvas_move_discard(const struct uvas_extent *run) {
-    uint32_t holders = uvas_holders(run->word), left = 0;
+    uint32_t holders = uvas_holders(run->word), word = run->word;
     int rc = 0;
     for (uint32_t party = 1; party < UVAS_PARTIES; party++) {
         int punched = holders >> party & 1 ? punch(run, party) : 0;
-        left |= punched < 0 ? 1u << party : 0u;
         rc = punched < 0 ? punched : rc;
+        word &= (holders >> party & 1) && punched == 0 ? ~(1u << party) : UINT32_MAX;
     }
-    drop_host(run); /* and marks of what was lost */
-    uint32_t host = run->mirror->armed ? 0u : UVAS_MODIFIED | 1u << UVAS_HOST; /* holes in the host's memory are zeros as well */
-    uvas_publish(run, (run->word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED | UVAS_LOST)) | left | host);
+    rc = rc < 0 ? rc : drop_host(run); /* and marks of what was lost */
+    if (rc == 0) {
+        word = (word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED | UVAS_LOST)) | (run->mirror->armed ? 0u : UVAS_MODIFIED | 1u << UVAS_HOST);
+    }
+    uvas_publish(run, word);
     return rc;
 }
 
 /* The host has the granule, and a page of it is not there, or is protected still. The rest is filled as well: it is the next that somebody touches. */
-static void repair_host(struct uvas_extent *run) {
+static int repair_host(struct uvas_extent *run) {
     uint32_t devices = uvas_holders(run->word) & ~1u;
     if (devices) { /* others read: the same bytes, protected */
-        (void)copy_in(run, alias_of(run, (uint32_t)__builtin_ctz(devices)));
-        return;
+        return copy_in(run, UVAS_HOST, alias_of(run, (uint32_t)__builtin_ctz(devices)));
     }
     uvas_publish(run, run->word | UVAS_MODIFIED);
-    (void)fill_zero(run, UVAS_HOST);
-    (void)unprotect(run, UVAS_HOST);
+    int rc = fill_zero(run, UVAS_HOST);
+    return rc < 0 ? rc : unprotect(run, UVAS_HOST);
 }
 
-void uvas_move_repair(struct uvas_mirror *mirror, uint32_t granule, uint32_t party, uintptr_t address) {
+int uvas_move_repair(struct uvas_mirror *mirror, uint32_t granule, uint32_t party, uintptr_t address) {
     struct uvas_extent run = uvas_extent_from(mirror, granule, 1);
     bool writable = (run.word & UVAS_MODIFIED) != 0;
     if (run.word & UVAS_LOST) {
-        (void)uvas_fault_poison(party == UVAS_HOST ? our.faults : member_of(&run, party)->faults, address, uvas_vm_platform.page_size);
-    } else if (party == UVAS_HOST) {
-        repair_host(&run);
-    } else {
-        (void)map(&run, party, !writable);
-        if (writable) {
-            (void)unprotect(&run, party);
-        }
+        long rc = uvas_fault_poison(party == UVAS_HOST ? our.faults : member_of(&run, party)->faults, address, uvas_vm_platform.page_size);
+        return rc < 0 && rc != -EEXIST && !gone(rc) ? (int)rc : 0;
     }
+    if (party == UVAS_HOST) {
+        return repair_host(&run);
+    }
+    int rc = map(&run, party, !writable);
+    return rc == 0 && writable ? unprotect(&run, party) : rc;
 }

@@ -18,7 +18,7 @@
 #define KEPT_MOST_US 100000u /* longer than any granule is kept: an older time is in the past, however the clock has wrapped */
 #define READ_AT_ONCE 16u
 
-struct uvas_pager uvas_pager = {.faults = -1, .bell = -1};
+struct uvas_pager uvas_pager = {.faults = -1, .bell = -1, .watch = -1};
 
 struct parked {
     struct uvas_mirror *mirror;
@@ -130,7 +130,7 @@ int uvas_arm(struct uvas_mirror *mirror) {
 /* Whoever takes the range away, or commits it, wakes who waits there. */
 static bool somebody_elses(const struct parked *fault) {
     uint32_t word = uvas_granule_word(&fault->mirror->directory[fault->granule]);
-    return !(word & UVAS_COMMITTED) || (fault->member->party == UVAS_HOST && uvas_within(fault->mirror->suspended, fault->granule));
+    return !(word & UVAS_COMMITTED) || uvas_within(fault->mirror->suspended, fault->granule);
 }
 
 static bool asked_before(const struct parked *fault, const struct parked *until) {
@@ -155,8 +155,7 @@ static struct uvas_extent with_it(const struct parked *fault, uint32_t most, uin
     struct uvas_extent run = uvas_extent_from(fault->mirror, fault->granule, most);
     bool device = fault->member->party != UVAS_HOST;
     uint32_t count = 1;
-    while (count < run.count && !kept(fault->mirror, run.first + count, fault->member->party, false, now) &&
-           !uvas_within(fault->mirror->suspended, run.first + count) && !(device && uvas_within(fault->mirror->pinned, run.first + count))) {
+    while (count < run.count && !kept(fault->mirror, run.first + count, fault->member->party, false, now)) {
         count++;
     }
     run.count = count;
@@ -176,7 +175,8 @@ static int bring(struct uvas_member *member, const struct uvas_extent *run, bool
 static void bring_all(const struct parked *fault) {
     const struct uvas_history *history = uvas_streams_history(fault->member, fault->thread);
     uint32_t party = fault->member->party, now = uvas_now_us();
-    for (uint32_t i = 0; i < 4; i++) {
+    uint64_t room = fault->member->capacity >> fault->mirror->domain->shift;
+    for (uint32_t i = 0; i < 4 && (i < room || fault->member->capacity == 0); i++) { /* what comes last does not push out what came first */
         struct uvas_mirror *mirror = history->mirror[i];
         if (!mirror || !(uvas_granule_word(&mirror->directory[history->granule[i]]) & UVAS_COMMITTED) || uvas_within(mirror->suspended, history->granule[i])) {
             continue;
@@ -213,7 +213,11 @@ static bool serve(struct parked *fault, const struct parked *queue_end, uint32_t
         return false;
     }
     if ((run.word & UVAS_LOST) || uvas_directory_next(run.word, party, fault->write).steps == 0) {
-        uvas_move_repair(mirror, fault->granule, party, fault->address);
+        rc = uvas_move_repair(mirror, fault->granule, party, fault->address);
+        if (rc < 0) {
+            put_off(fault, now, rc);
+            return false;
+        }
         wake(member, mirror, run.first, run.first + 1);
         return true;
     }
@@ -221,7 +225,8 @@ static bool serve(struct parked *fault, const struct parked *queue_end, uint32_t
         fault->due = mirror->directory[fault->granule].until;
         return false;
     }
-    if ((!fault->torn && asked_before(fault, queue_end)) || (party != UVAS_HOST && uvas_within(mirror->pinned, fault->granule))) {
+    bool stays = party != UVAS_HOST && (uvas_pager.pausing || uvas_within(mirror->pinned, fault->granule));
+    if (stays || (!fault->torn && asked_before(fault, queue_end))) {
         put_off(fault, now, 0);
         return false;
     }
@@ -293,10 +298,10 @@ static int64_t serve_parked(void) {
     return left == 0 ? -1 : earlier(now, soonest) ? (int64_t)(soonest - now) * 1000 : 0;
 }
 
-void uvas_unpark(const struct uvas_mirror *mirror) {
+void uvas_unpark(const struct uvas_mirror *mirror, const struct uvas_member *member) {
     uint32_t left = 0;
     for (uint32_t i = 0; i < parked_count; i++) {
-        if (parked[i].mirror != mirror) {
+        if (parked[i].mirror != mirror && parked[i].member != member) {
             parked[left++] = parked[i];
         }
     }
@@ -314,66 +319,77 @@ static void tell_watchdog(void) {
     uvas_requests_waiting(&waiting);
 }
 
+void uvas_unwatch(const struct uvas_member *member) {
+    if (!member->dead) {
+        uvas_watch_remove(uvas_pager.watch, member->faults);
+        uvas_watch_remove(uvas_pager.watch, member->process);
+    }
+}
+
 void uvas_pager_died(struct uvas_member *member) {
+    uvas_unwatch(member);
     member->dead = true;
     member->recovered = false;
     member->recovering_at = member->recovering_first = 0;
 }
 
-static bool recover_some(void) {
-    bool more = false;
+/* A part of it for each. What will not come home now (no memory) is tried again, pass after pass: until then it is where it was, and can be read.
+ * Nanoseconds until there is more to do; -1: there is none. */
+static int64_t recover_some(void) {
+    int64_t next = -1;
     for (uint32_t i = 0; i < uvas_pager.member_count; i++) {
         struct uvas_member *member = uvas_pager.members[i];
-        if (member->dead && !member->recovered) {
-            member->recovered = uvas_bring_home(member, true, &member->recovering_at, &member->recovering_first) != 0;
-            more |= !member->recovered;
+        if (!member->dead || member->recovered) {
+            continue;
+        }
+        int rc = uvas_bring_home(member, true, &member->recovering_at, &member->recovering_first);
+        member->unrecovered |= rc < 0;
+        if (rc > 0) {
+            member->recovered = !member->unrecovered;
+            next = member->recovered || next == 0 ? next : RETRY_MOST_US * 1000;
+            member->unrecovered = false;
+            member->recovering_at = member->recovering_first = 0;
+        } else {
+            next = 0;
         }
     }
-    return more;
+    return next;
 }
 
-/* The descriptors that it waits on: the bell, the host's faults, and of each device its faults and its process while that lives. */
-static uint32_t list_descriptors(struct uvas_ready *list, struct uvas_member **whose) {
-    uint32_t count = 0;
-    list[count++] = (struct uvas_ready){.fd = uvas_pager.bell};
-    list[count++] = (struct uvas_ready){.fd = uvas_pager.faults};
-    for (uint32_t i = 0; i < uvas_pager.member_count; i++) {
-        struct uvas_member *member = uvas_pager.members[i];
-        if (!member->dead) {
-            whose[count] = member;
-            list[count++] = (struct uvas_ready){.fd = member->faults};
-            whose[count] = member;
-            list[count++] = (struct uvas_ready){.fd = member->process};
+static int64_t sooner(int64_t a, int64_t b) {
+    return a < 0 ? b : b < 0 || a < b ? a : b;
+}
+
+static bool look(const uint64_t *ready, uint32_t count) {
+    bool rung = false;
+    for (uint32_t i = 0; i < count; i++) {
+        struct uvas_member *member = (void *)(uintptr_t)(ready[i] & ~(uint64_t)3); /* NOLINT: what uvas_watched made */
+        if ((ready[i] & 3) == UVAS_WATCHED_PROCESS) {
+            uvas_pager_died(member);
+        } else if ((ready[i] & 3) == UVAS_WATCHED_BELL) {
+            uvas_bell_hush(uvas_pager.bell);
+            rung = true;
+        } else if (!member || !member->dead) {
+            read_faults(member, member ? member->faults : uvas_pager.faults);
         }
     }
-    return count;
+    return rung;
 }
 
 void *uvas_pager_main(void *nothing) {
-    bool more = false, stop = false;
+    bool asked = false, stop = false;
     int64_t next = -1;
     uvas_wait_exactly();
     parked_count = 0;
     while (!stop) {
-        struct uvas_ready list[UVAS_READY_MAX];
-        struct uvas_member *whose[UVAS_READY_MAX] = {NULL};
-        uint32_t count = list_descriptors(list, whose);
-        uvas_wait_ready(list, count, more ? 0 : next);
+        uint64_t ready[READ_AT_ONCE];
+        uint32_t count = uvas_watch_wait(uvas_pager.watch, ready, READ_AT_ONCE, asked ? 0 : next);
         uint64_t began = uvas_clock_ns();
         atomic_store_explicit(&uvas_pager.busy_since_ns, began, memory_order_relaxed);
-        for (uint32_t i = 1; i < count; i++) {
-            if (list[i].ready && i > 1 && i % 2 == 1) {
-                uvas_pager_died(whose[i]);
-            } else if (list[i].ready) {
-                read_faults(whose[i], list[i].fd);
-            }
-        }
+        asked |= look(ready, count);
         next = serve_parked();
-        if (list[0].ready) {
-            uvas_bell_hush(uvas_pager.bell);
-        }
-        more = list[0].ready || more ? uvas_requests_work(&stop) : false;
-        more |= recover_some();
+        asked = asked && uvas_requests_work(&stop);
+        next = sooner(next, recover_some());
         tell_watchdog();
         atomic_store_explicit(&uvas_pager.busy_since_ns, 0, memory_order_relaxed);
         atomic_fetch_add_explicit(&uvas_pager.busy_ns, uvas_clock_ns() - began, memory_order_relaxed);

@@ -84,8 +84,9 @@ struct uvas_member { /* a party of a domain; the host is one too. Pager's alone,
     int faults;      /* userfaultfd; the host's is the pager's. -1: none */
     int process;     /* pidfd; -1: never ends */
     bool dead;       /* its process has ended: nothing to stop there, nothing to map; its memory is here */
-    bool recovered;  /* and what it held is home, or cannot come */
-    uint32_t recovering_at, recovering_first; /* how far that is */
+    bool recovered;  /* and what it held is home */
+    bool unrecovered; /* something would not come, in this pass */
+    uint32_t recovering_at, recovering_first; /* how far the pass is: mirror and granule */
     uint64_t identity; /* whose device it is */
     uint64_t capacity; /* bytes; 0: no bound */
     struct uvas_ring probation, proven, ghosts; /* residency.c */
@@ -172,7 +173,7 @@ int uvas_move_drop(const struct uvas_extent *run, uint32_t party);
 /* All copies go: zeros. */
 int uvas_move_discard(const struct uvas_extent *run);
 /* What a fault asks for is so by the directory: made so for its page (a hole that nobody has touched yet, protection that outlived its reason). */
-void uvas_move_repair(struct uvas_mirror *mirror, uint32_t granule, uint32_t party, uintptr_t address);
+int uvas_move_repair(struct uvas_mirror *mirror, uint32_t granule, uint32_t party, uintptr_t address);
 void uvas_publish(const struct uvas_extent *run, uint32_t word);
 int uvas_moves_open(int host_faults, uint32_t features);
 void uvas_moves_close(void);
@@ -207,17 +208,26 @@ void uvas_streams_forget(struct uvas_member *member, const struct uvas_mirror *m
 struct uvas_pager { /* the thread's world: written by it, and by others only while it does not run */
     int faults;        /* the host's userfaultfd */
     uint32_t features; /* set of enum uvas_fault_feature */
-    int bell;
+    int bell, watch;   /* rung by who asks for something; what it waits on */
     struct uvas_mirror **mirrors; /* by base */
     struct uvas_mirror **numbered; /* by number; holes are NULL */
     uint32_t mirror_count, mirror_room;
     struct uvas_member *members[UVAS_MEMBERS_MAX];
     uint32_t member_count;
+    bool pausing;      /* for a fork: nothing goes to a device until it is over */
     _Atomic uint64_t busy_ns;       /* time at work; these two are written by the pager, read by anyone, relaxed */
     _Atomic uint64_t busy_since_ns; /* when it began what it is at; 0: it waits */
 };
 
 extern struct uvas_pager uvas_pager;
+
+enum uvas_watched_kind { UVAS_WATCHED_FAULTS = 0, UVAS_WATCHED_PROCESS = 1, UVAS_WATCHED_BELL = 2 };
+
+/* The number of a descriptor that the pager waits on: whose (NULL: its own) and what. */
+static inline uint64_t uvas_watched(const struct uvas_member *member, enum uvas_watched_kind kind) {
+    return (uint64_t)(uintptr_t)member | (uint64_t)kind;
+}
+void uvas_unwatch(const struct uvas_member *member);
 
 struct uvas_waiting { /* what the watchdog says of the fault that has waited longest. Under requests.c's lock */
     uintptr_t address;
@@ -238,8 +248,8 @@ int uvas_arm(struct uvas_mirror *mirror);
 void uvas_wake(const struct uvas_mirror *mirror, uint32_t first, uint32_t end);
 /* The run has come to somebody: kept there for the domain's while. */
 void uvas_keep(const struct uvas_extent *run);
-/* Parked faults of a mirror that goes are forgotten. */
-void uvas_unpark(const struct uvas_mirror *mirror);
+/* Parked faults of a mirror, or of a device, that goes are forgotten. */
+void uvas_unpark(const struct uvas_mirror *mirror, const struct uvas_member *member);
 /* A process has ended: what it held comes home from now on. */
 void uvas_pager_died(struct uvas_member *member);
 /* Lets another thread end the sharing of a page with a child of fork, which here would be a fault that we serve. Forgotten if it is at work already. */
@@ -303,7 +313,7 @@ struct uvas_waiting uvas_requests_longest(void);
 /* Goes on with it. true: done. */
 bool uvas_chore(struct uvas_errand *request);
 /* What the member alone holds comes home; with `leaves` its other copies go. Goes on from (*at, *first), mirror and granule. 1: done, 0: there is more,
- * -errno: it cannot. */
+ * -errno: a run cannot, and is passed over. */
 int uvas_bring_home(struct uvas_member *member, bool leaves, uint32_t *at, uint32_t *first);
 
 /* ---- core.c ---- */

@@ -55,6 +55,7 @@ static void finish(struct uvas_errand *request) {
         pthread_cond_wait(&answered, &lock);
     }
     pthread_mutex_unlock(&lock);
+    uvas_pager.pausing &= !pause;
 }
 
 bool uvas_requests_work(bool *stop) {

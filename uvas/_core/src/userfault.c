@@ -4,8 +4,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
@@ -17,6 +17,9 @@
 
 #ifndef SYS_userfaultfd
 #define SYS_userfaultfd (-1)
+#endif
+#ifndef SYS_epoll_pwait2
+#define SYS_epoll_pwait2 441
 #endif
 #define USER_MODE_ONLY 1u
 #define NEW_FROM_DEVICE _IO(0xAA, 0x00) /* of /dev/userfaultfd, Linux 6.1 */
@@ -268,16 +271,45 @@ void uvas_bell_hush(int bell) {
     (void)syscall(SYS_read, bell, &rung, sizeof rung);
 }
 
-void uvas_wait_ready(struct uvas_ready *list, size_t count, int64_t timeout_ns) {
-    struct pollfd polled[UVAS_READY_MAX];
+int uvas_watch_open(void) {
+    int refused = uvas_vm_gate();
+    if (refused) {
+        return -refused;
+    }
+    long fd = syscall(SYS_epoll_create1, EPOLL_CLOEXEC);
+    return fd < 0 ? -errno : (int)fd;
+}
+
+int uvas_watch_add(int set, int fd, uint64_t number) {
+    struct epoll_event event = {.events = EPOLLIN, .data.u64 = number};
+    int refused = uvas_vm_gate();
+    if (refused) {
+        return -refused;
+    }
+    return syscall(SYS_epoll_ctl, set, EPOLL_CTL_ADD, fd, &event) == 0 ? 0 : -errno;
+}
+
+void uvas_watch_remove(int set, int fd) {
+    (void)syscall(SYS_epoll_ctl, set, EPOLL_CTL_DEL, fd, NULL);
+}
+
+uint32_t uvas_watch_wait(int set, uint64_t *out, uint32_t most, int64_t timeout_ns) {
+    struct epoll_event events[MOST_READ];
     struct timespec limit = {.tv_sec = timeout_ns / 1000000000, .tv_nsec = timeout_ns % 1000000000};
-    for (size_t i = 0; i < count; i++) {
-        polled[i] = (struct pollfd){.fd = list[i].fd, .events = POLLIN};
+    int at_most = (int)(most < MOST_READ ? most : MOST_READ);
+    long ready = syscall(SYS_epoll_pwait2, set, events, at_most, timeout_ns < 0 ? NULL : &limit, NULL, 0);
+    if (ready < 0 && errno == ENOSYS) { /* before 5.11: milliseconds, rounded up */
+        ready = syscall(SYS_epoll_pwait, set, events, at_most, timeout_ns < 0 ? -1 : (int)((timeout_ns + 999999) / 1000000), NULL, 0);
     }
-    long ready = syscall(SYS_ppoll, polled, count, timeout_ns < 0 ? NULL : &limit, NULL, 0);
-    for (size_t i = 0; i < count; i++) {
-        list[i].ready = ready > 0 && polled[i].revents != 0;
+    for (long i = 0; i < ready; i++) {
+        out[i] = events[i].data.u64;
     }
+    return ready < 0 ? 0 : (uint32_t)ready;
+}
+
+void uvas_pause_ns(uint64_t ns) {
+    struct timespec pause = {.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
+    (void)nanosleep(&pause, NULL);
 }
 
 uint64_t uvas_clock_ns(void) {

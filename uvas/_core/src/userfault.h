@@ -49,18 +49,16 @@ int uvas_fault_unprotect(int fd, uintptr_t base, size_t size); /* wakes who wait
 
 /* -- waiting: for threads that must not use what a thread that waits for them may hold (malloc, stdio) -- */
 
-#define UVAS_READY_MAX 96
-
-struct uvas_ready {
-    int fd;
-    bool ready; /* readable, ended or broken */
-};
-
 int uvas_bell_open(void); /* a descriptor that rings: readable from uvas_bell_ring to uvas_bell_hush */
 void uvas_bell_ring(int bell);
 void uvas_bell_hush(int bell);
-/* Until one of them is ready or so many nanoseconds have passed; < 0: for ever. At most UVAS_READY_MAX. */
-void uvas_wait_ready(struct uvas_ready *list, size_t count, int64_t timeout_ns);
+/* A set of descriptors to wait for, each known by the caller's number for it. */
+int uvas_watch_open(void);
+int uvas_watch_add(int set, int fd, uint64_t number);
+void uvas_watch_remove(int set, int fd);
+/* Until one is readable, or its other side has ended, or so many nanoseconds have passed (< 0: for ever). How many numbers of ready ones are in *out. */
+uint32_t uvas_watch_wait(int set, uint64_t *out, uint32_t most, int64_t timeout_ns);
+void uvas_pause_ns(uint64_t ns);
 void uvas_wait_exactly(void); /* the calling thread's timeouts are not rounded up by 50 us any more */
 uint64_t uvas_clock_ns(void);
 void uvas_say(const char *text, size_t size); /* to stderr, as it is */

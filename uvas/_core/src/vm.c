@@ -44,6 +44,7 @@ _Static_assert(UVAS_READ == PROT_READ && UVAS_WRITE == PROT_WRITE && UVAS_EXECUT
 #endif
 #define GUARD_INSTALL 102 /* MADV_GUARD_INSTALL, Linux 6.13 */
 #define GUARD_REMOVE 103
+#define DONTNEED_LOCKED 24 /* MADV_DONTNEED_LOCKED, Linux 5.18 */
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 0x0008U
 #endif
@@ -280,6 +281,12 @@ int uvas_vm_protect(uintptr_t base, size_t size, uint32_t protection) {
 
 int uvas_vm_drop(uintptr_t base, size_t size) {
     GATED(syscall(SYS_madvise, base, size, MADV_DONTNEED));
+}
+
+int uvas_vm_drop_surely(uintptr_t base, size_t size) {
+    long rc = syscall(SYS_madvise, base, size, MADV_DONTNEED);
+    rc = rc < 0 && errno == EINVAL ? syscall(SYS_madvise, base, size, DONTNEED_LOCKED) : rc;
+    return rc < 0 ? -errno : 0;
 }
 
 int uvas_vm_guard(uintptr_t base, size_t size) {

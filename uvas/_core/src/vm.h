@@ -64,6 +64,8 @@ int uvas_vm_overlay(uintptr_t base, size_t size, enum uvas_vm_overlay_kind kind,
 int uvas_vm_try(size_t size, enum uvas_vm_overlay_kind kind, uint32_t protection, int fd, int64_t offset);
 int uvas_vm_protect(uintptr_t base, size_t size, uint32_t protection);
 int uvas_vm_drop(uintptr_t base, size_t size);     /* contents gone, mapping stays */
+/* The same, also where memory is locked, and past the tests' knob: for what must not stay, as nothing else says that it is gone. 0 or -errno. */
+int uvas_vm_drop_surely(uintptr_t base, size_t size);
 int uvas_vm_guard(uintptr_t base, size_t size);    /* contents gone, no access, no mapping used */
 int uvas_vm_unguard(uintptr_t base, size_t size);
 int uvas_vm_populate(uintptr_t base, size_t size, uint32_t protection);
