@@ -287,7 +287,7 @@ int uvas_copy_protected(int faults, uintptr_t to, const char *from, size_t size)
 /* Large copies are shared with the mate. */
 static int copy_in(const struct uvas_extent *run, uint32_t party, const char *from) {
     int faults = party == UVAS_HOST ? our.faults : member_of(run, party)->faults;
-    size_t size = uvas_extent_bytes(run), half = size < SHARED_COPY ? 0 : size / 2;
+    size_t size = uvas_extent_bytes(run), half = size < SHARED_COPY ? 0 : size / 2 & ~(uvas_vm_platform.page_size - 1);
     uintptr_t to = uvas_extent_base(run);
     if (half) {
         uvas_mate_copy(faults, to + size - half, from + size - half, half);
