@@ -190,7 +190,7 @@ static bool duplicates(const struct uvas_errand *request, const struct uvas_exte
 
 static int move_run(struct uvas_errand *request, const struct uvas_extent *run, bool write) {
     struct uvas_member *member = run->mirror->domain->members[request->party];
-    struct uvas_extent range = all_of(request->mirror, request->first, request->end);
+    struct uvas_extent range = all_of(request->mirror, request->from, request->end);
     bool gains = request->party != UVAS_HOST && !(run->word >> request->party & 1);
     int rc = gains ? uvas_residency_room(member, run, &range) : 0;
     rc = rc < 0 ? rc : uvas_move(run, request->party, write);

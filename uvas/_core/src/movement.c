@@ -140,7 +140,7 @@ static int prefetch(struct uvas_record *record, size_t offset, size_t size, uvas
     }
     struct granules range = widened(record, offset, size);
     struct uvas_errand move = {.kind = UVAS_ASK_MOVE, .mirror = record->mirror, .party = party ? party->member->party : UVAS_HOST, .write = true,
-                                .first = range.first, .end = range.end, .most = UINT32_MAX};
+                                .first = range.first, .end = range.end, .from = range.first, .most = UINT32_MAX};
     size_t bytes = (size_t)(range.end - range.first) << record->mirror->domain->shift;
     bool fits = !party || !party->member->capacity || bytes <= party->member->capacity;
     move.rc = fits ? 0 : -ENOSPC;
