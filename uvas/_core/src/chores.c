@@ -231,7 +231,7 @@ static bool move_some(struct uvas_errand *request) {
     for (size_t bytes = 0; request->first < request->end && bytes < UVAS_MOVE_BYTES && request->rc == 0;) {
         uint32_t left = request->end - request->first;
         struct uvas_extent run = uvas_extent_from(mirror, request->first, left < request->most ? left : request->most);
-        bool write = request->write && !duplicates(request, &run);
+        bool write = request->write && !(request->advised && duplicates(request, &run));
         if (uvas_within(mirror->suspended, run.first)) {
             return false; /* whoever takes it away will be done soon */
         }
