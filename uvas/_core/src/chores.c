@@ -190,7 +190,7 @@ static bool duplicates(const struct uvas_errand *request, const struct uvas_exte
 
 static int move_run(struct uvas_errand *request, const struct uvas_extent *run, bool write) {
     struct uvas_member *member = run->mirror->domain->members[request->party];
-    struct uvas_extent range = all_of(request->mirror, request->first, request->end);
+    struct uvas_extent range = all_of(request->mirror, request->from, request->end);
     bool gains = request->party != UVAS_HOST && !(run->word >> request->party & 1);
     int rc = gains ? uvas_residency_room(member, run, &range) : 0;
     rc = rc < 0 ? rc : uvas_move(run, request->party, write);
@@ -231,7 +231,7 @@ static bool move_some(struct uvas_errand *request) {
     for (size_t bytes = 0; request->first < request->end && bytes < UVAS_MOVE_BYTES && request->rc == 0;) {
         uint32_t left = request->end - request->first;
         struct uvas_extent run = uvas_extent_from(mirror, request->first, left < request->most ? left : request->most);
-        bool write = request->write && !duplicates(request, &run);
+        bool write = request->write && !(request->advised && duplicates(request, &run));
         if (uvas_within(mirror->suspended, run.first)) {
             return false; /* whoever takes it away will be done soon */
         }
