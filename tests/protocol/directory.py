@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import IntEnum
+from functools import cache
 from typing import NamedTuple
 
 HOST = 0
@@ -95,6 +96,7 @@ AT_HOME = Entry(1 << HOST, True)
 """The host alone, who may write. Pages that were never touched are holes in it."""
 
 
+@cache
 def party_name(party: int) -> str:
     """Say who it is."""
     return {STAGING: "staging", HOST: "host"}.get(party, f"device {party}")
@@ -130,8 +132,9 @@ def entry_after(before: Entry, asker: int, wish: Wish) -> Entry:
             return NOWHERE
 
 
+@cache
 def transition(before: Entry, asker: int, wish: Wish) -> Transition:
-    """How it becomes so. LEAVE is for devices."""
+    """How it becomes so."""
     after = entry_after(before, asker, wish)
     if after == before:
         return Transition(after, repair(before, asker, wish))
@@ -229,11 +232,16 @@ def undo(before: Entry, done: tuple[Step, ...]) -> Transition:
 
 
 def table(parties: int) -> dict[tuple[Entry, int, Wish], Transition]:
-    """The protocol as data: every entry, every party, every wish."""
+    """The protocol as data: every entry, and everything that can be asked for somebody."""
     return {
         (before, asker, wish): transition(before, asker, wish)
         for before in entries(parties)
         for asker in range(parties)
         for wish in Wish
-        if not (asker == HOST and wish == Wish.LEAVE)
+        if can_ask(asker, wish)
     }
+
+
+def can_ask(asker: int, wish: Wish) -> bool:
+    """Whether there is such a request: the host does not leave, and it is the host that discards."""
+    return wish not in (Wish.LEAVE, Wish.DISCARD) or (wish == Wish.DISCARD) == (asker == HOST)

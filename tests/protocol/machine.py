@@ -22,6 +22,7 @@ from protocol.directory import (
     Transition,
     Verb,
     Wish,
+    can_ask,
     party_name,
     transition,
     undo,
@@ -60,6 +61,11 @@ class Machine:
         """The kernel, for these threads."""
         parties = [party for party in range(self.devices + 1) for _ in range(self.threads)]
         return self.kernel_type((*parties, *([HOST] if self.writes_in_flight else [])))
+
+    @cached_property
+    def used(self) -> set[tuple[Entry, int, Wish]]:
+        """Rows of the table that have been used so far."""
+        return set()
 
     @cached_property
     def first(self) -> State:
@@ -133,6 +139,7 @@ class Machine:
     def steps(self, entry: Entry | None, asked: Request) -> Transition:
         """Plan a transition. Where nothing is committed, who faults is woken: it finds out by itself."""
         if entry is not None:
+            self.used.add((entry, asked.asker, asked.wish))
             return transition(entry, asked.asker, asked.wish)
         faulted = asked.wish in (Wish.READ, Wish.WRITE)
         return Transition(entry, (Step(Verb.WAKE, asked.asker),) if faulted else ())
@@ -184,12 +191,13 @@ class Machine:
     # ---- others ------------------------------------------------------------------------------------------------------
 
     def told(self, state: State) -> Iterator[Move]:
-        """Somebody prefetches, evicts or discards. Nothing is asked for the dead, and the host does not leave."""
+        """Somebody prefetches, evicts or discards. Nothing is asked for the dead."""
         for wish in self.commands:
-            nobody = {Wish.LEAVE: range(1), Wish.DISCARD: range(1, self.devices + 1)}.get(wish, range(0))
             for party, table in enumerate(state.table):
                 asked = Request(party, wish)
-                if party not in nobody and table != Table.BURIED and asked not in state.known:
+                holders = state.entry.holders if state.entry else 0
+                gives = holders >> party & 1 if wish == Wish.LEAVE else holders if wish == Wish.DISCARD else 1
+                if gives and can_ask(party, wish) and table != Table.BURIED and asked not in state.known:
                     yield Move(f"the pager is asked to {asked}", False, state._replace(known=state.known | {asked}))
 
     def chance(self, state: State) -> Iterator[Move]:
