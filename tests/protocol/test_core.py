@@ -7,9 +7,6 @@ from protocol.directory import HOST, STAGING, Entry, Step, Verb, Wish, members, 
 
 from uvas._core import ffi, lib
 
-if not hasattr(lib, "uvas_test_transition"):
-    pytest.skip("this core has no pager yet", allow_module_level=True)
-
 COMMITTED, MODIFIED = 1 << 28, 1 << 29  # as in directory.h
 ZERO, TAKE, PROTECT, FILL, KEEP, DROP, MAP, UNPROTECT = (1 << bit for bit in range(8))
 
