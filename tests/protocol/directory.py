@@ -8,8 +8,9 @@ behind, can still be read there.
 The whole protocol is in ``transition``, and it is one idea: **others lose before the asker gains**. In more words:
 
 1. Nobody writes what is being copied: the host's page is moved out of everybody's reach, a device's is protected.
-2. The new copy is complete before an old one is dropped.
-3. What may fail comes before what cannot be undone, so that a transition that fails has changed nothing.
+2. The new copy is complete, and protected, before an old one is dropped. The right to write comes last.
+3. What may fail comes before what cannot be undone: a transition that fails has changed nothing, or goes on to
+   something that is true as well.
 4. The directory is told before the asker is woken.
 """
 
@@ -37,30 +38,33 @@ class Wish(IntEnum):
 class Verb(IntEnum):
     """A step. All but CHARGE, DISCHARGE and PUBLISH are one call of the kernel."""
 
-    CHARGE = 0  # count a granule against the device's capacity             may fail: full
-    MOVE_OUT = 1  # UFFDIO_MOVE from the host to staging                    may fail: pinned
+    CHARGE = 0  # count a granule against the device's capacity
+    MOVE_OUT = 1  # UFFDIO_MOVE from the host to staging
     PROTECT = 2  # UFFDIO_WRITEPROTECT
-    ZERO = 3  # host: UFFDIO_ZEROPAGE, which wakes; device: fallocate       may fail: memory
-    FILL = 4  # pwrite into the device's file                               may fail: memory
-    COPY = 5  # UFFDIO_COPY to the host, without waking                     may fail: memory
+    ZERO = 3  # host: UFFDIO_ZEROPAGE, which is writable; device: fallocate
+    COPY = 4  # UFFDIO_COPY with MODE_WP, to the host or into a device
+    KEEP = 5  # the same, from staging back to the host
     DROP = 6  # empty staging
     TAKE = 7  # host: MADV_DONTNEED; device: punch the hole, which unmaps
     DISCHARGE = 8  # the device's page is gone
     PUBLISH = 9  # the new entry
-    MAP = 10  # UFFDIO_CONTINUE in the device, which wakes whom it maps for
-    ALLOW = 11  # UFFDIO_WRITEPROTECT off, which wakes
+    MAP = 10  # UFFDIO_CONTINUE in a device
+    ALLOW = 11  # UFFDIO_WRITEPROTECT off, and wake
     WAKE = 12  # UFFDIO_WAKE
     MOVE_BACK = 13  # UFFDIO_MOVE from staging to the host: only to undo
 
 
-MAY_FAIL = frozenset({Verb.CHARGE, Verb.MOVE_OUT, Verb.ZERO, Verb.FILL, Verb.COPY})
-CANNOT_BE_UNDONE = frozenset({Verb.DROP, Verb.TAKE, Verb.DISCHARGE, Verb.PUBLISH})
+MAY_FAIL = frozenset({Verb.CHARGE, Verb.MOVE_OUT, Verb.ZERO, Verb.COPY})
+"""If it fails (capacity, a pinned page, memory) all before it is undone."""
 UNDONE_BY = {
     Verb.CHARGE: Verb.DISCHARGE,
     Verb.MOVE_OUT: Verb.MOVE_BACK,
     Verb.PROTECT: Verb.ALLOW,
-    Verb.FILL: Verb.TAKE,
+    Verb.COPY: Verb.TAKE,
 }
+GOES_ON = frozenset({Verb.KEEP, Verb.TAKE})
+"""If it fails what comes is true as well: the host does without, the loser keeps a copy."""
+CANNOT_BE_UNDONE = frozenset({Verb.DROP, Verb.TAKE, Verb.DISCHARGE, Verb.PUBLISH})
 
 
 class Step(NamedTuple):
@@ -68,13 +72,13 @@ class Step(NamedTuple):
 
     verb: Verb
     party: int = HOST  # whose memory, whose page table
-    source: int = STAGING  # FILL and COPY: whose memory is read
-    readonly: bool = False  # COPY and MAP: with MODE_WP
+    source: int = STAGING  # COPY and KEEP: whose memory is read
+    readonly: bool = True  # COPY, KEEP and MAP: with MODE_WP
 
     def __repr__(self) -> str:
         name = self.verb.name.lower().replace("_", " ")
-        source = "" if self.verb not in (Verb.FILL, Verb.COPY) else f" from {party_name(self.source)}"
-        return f"{name} {party_name(self.party)}{source}{' read-only' if self.readonly else ''}"
+        source = f" from {party_name(self.source)}" if self.verb in (Verb.COPY, Verb.KEEP) else ""
+        return f"{name} {party_name(self.party)}{source}{'' if self.readonly else ', writable'}"
 
 
 class Entry(NamedTuple):
@@ -163,28 +167,27 @@ class Change(NamedTuple):
 
     @property
     def moves(self) -> bool:
-        """Whether the host, who has it alone, is not left with it as it is."""
-        return self.source == STAGING and (self.copies or self.after == NOWHERE)
+        """Whether the host, who has it alone, has to let go of its page."""
+        return self.source == STAGING and self.copies
 
 
 def copied(change: Change) -> Iterator[Step]:
     """Keep others from writing, and make the gainer's copy."""
-    if change.copies and change.gainer != HOST:
+    if not change.copies:
+        return
+    if change.gainer != HOST:
         yield Step(Verb.CHARGE, change.gainer)
     if change.moves:
         yield Step(Verb.MOVE_OUT)
-    elif change.copies and change.before.modified:
+    elif change.before.modified:
         yield Step(Verb.PROTECT, change.source)
-    if change.copies and change.gainer != HOST:
-        yield Step(Verb.FILL, change.gainer, change.source)
-    elif change.copies:
-        yield Step(Verb.COPY, HOST, change.source, readonly=True)
-    if change.moves and HOST in members(change.after.holders):
-        yield Step(Verb.COPY, HOST, STAGING, readonly=True)
+    yield Step(Verb.COPY, change.gainer, change.source)
 
 
 def dropped(change: Change) -> Iterator[Step]:
     """Take the copies of those who lose theirs."""
+    if change.moves and HOST in members(change.after.holders):
+        yield Step(Verb.KEEP)
     if change.moves:
         yield Step(Verb.DROP)
     for loser in members(change.before.holders & ~change.after.holders):
@@ -197,9 +200,7 @@ def dropped(change: Change) -> Iterator[Step]:
 
 def granted(change: Change) -> Iterator[Step]:
     """Let the gainer in, and wake it."""
-    if change.copies and change.gainer != HOST:
-        yield Step(Verb.MAP, change.gainer, readonly=not change.after.modified)
-    elif change.after.modified:
+    if change.after.modified:
         yield Step(Verb.ALLOW, change.gainer)
     elif change.copies:
         yield Step(Verb.WAKE, change.gainer)
@@ -208,14 +209,20 @@ def granted(change: Change) -> Iterator[Step]:
 def from_nowhere(asker: int) -> tuple[Step, ...]:
     """Give zeros to who asks first."""
     if asker == HOST:
-        return (Step(Verb.ZERO), Step(Verb.PUBLISH))
-    return (Step(Verb.CHARGE, asker), Step(Verb.ZERO, asker), Step(Verb.PUBLISH), Step(Verb.MAP, asker))
+        return (Step(Verb.ZERO), Step(Verb.PUBLISH), Step(Verb.WAKE))
+    return (
+        Step(Verb.CHARGE, asker),
+        Step(Verb.ZERO, asker),
+        Step(Verb.PUBLISH),
+        Step(Verb.MAP, asker, readonly=False),
+        Step(Verb.WAKE, asker),
+    )
 
 
 def repair(entry: Entry, asker: int, wish: Wish) -> tuple[Step, ...]:
     """Answer a fault that found what it wanted: its page may be missing all the same, and somebody may be asleep.
 
-    That the page is there already (EEXIST) is normal, and then nothing but WAKE wakes.
+    That the page is there already (EEXIST) is normal.
     """
     if wish in (Wish.LEAVE, Wish.DISCARD):
         return ()
@@ -225,7 +232,7 @@ def repair(entry: Entry, asker: int, wish: Wish) -> tuple[Step, ...]:
 
 
 def undo(before: Entry, done: tuple[Step, ...]) -> Transition:
-    """Take back the steps that were done before one failed. What was moved back can be written again."""
+    """Take back the steps that were done before one failed. None of these fails. What was moved back can be written."""
     steps = [Step(UNDONE_BY[step.verb], step.party) for step in reversed(done)]
     moved = any(step.verb == Verb.MOVE_OUT for step in done)
     return Transition(AT_HOME if moved else before, (*steps, Step(Verb.PUBLISH)))

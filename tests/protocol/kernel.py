@@ -1,7 +1,7 @@
 """What the kernel does: each step of a plan, an access, a write in flight, a death. One function each, all at once.
 
-The answers are those of Linux 6.18: what wakes and what does not, EBUSY for a pinned page, EEXIST where something is,
-ESRCH for a process that is gone (then nothing happens, which is right: nobody runs there).
+The answers are those of Linux 6.18: EBUSY for a pinned page, EEXIST where something is, ENOENT where nothing is mapped,
+ESRCH for a process that is gone. What installs pages wakes nobody here (MODE_DONTWAKE).
 """
 
 from __future__ import annotations
@@ -99,8 +99,7 @@ class Kernel:
 
     def move_back(self, state: State, step: Step) -> State:
         promise(not state.memory[HOST], "EEXIST: moved back over a page")
-        moved = state.with_memory(HOST, state.staging).with_table(HOST, Table.WRITE)
-        return self.wake(moved._replace(staging=Data.NOTHING), HOST)
+        return state._replace(staging=Data.NOTHING).with_memory(HOST, state.staging).with_table(HOST, Table.WRITE)
 
     def drop(self, state: State, step: Step) -> State:
         return state._replace(staging=Data.NOTHING)
@@ -115,19 +114,19 @@ class Kernel:
 
     def zero(self, state: State, step: Step) -> State:
         if state.memory[step.party] or state.table[step.party] == Table.UNMAPPED:
-            return state  # EEXIST or ENOENT, which wakes nobody; fallocate changes nothing
+            return state  # EEXIST or ENOENT; fallocate changes nothing
         state = state.with_memory(step.party, state.zeros)
-        return self.wake(state.with_table(HOST, Table.WRITE), HOST) if step.party == HOST else state
-
-    def fill(self, state: State, step: Step) -> State:
-        return state.with_memory(step.party, self.contents(state, step.source))
+        return state.with_table(HOST, Table.WRITE) if step.party == HOST else state
 
     def copy(self, state: State, step: Step) -> State:
-        if state.table[HOST] == Table.UNMAPPED:
-            raise Refused("ENOENT")
-        promise(not state.memory[HOST], "EEXIST: copied over a page")
-        copied = state.with_memory(HOST, self.contents(state, step.source))
-        return copied.with_table(HOST, Table.READ if step.readonly else Table.WRITE)
+        if state.table[step.party] != Table.ABSENT:
+            promise(state.table[step.party] not in READABLE, "EEXIST: copied over a page")
+            raise Refused("ENOENT, or ESRCH")
+        promise(not state.memory[step.party], "EEXIST: copied over a page")
+        copied = state.with_memory(step.party, self.contents(state, step.source))
+        return copied.with_table(step.party, Table.READ if step.readonly else Table.WRITE)
+
+    keep = copy
 
     def contents(self, state: State, source: int) -> Data:
         """Read staging, or somebody's memory. A hole reads as zeros."""
@@ -144,6 +143,6 @@ class Kernel:
 
     def map(self, state: State, step: Step) -> State:
         if state.table[step.party] != Table.ABSENT:
-            return state  # EEXIST, which wakes nobody; ESRCH
+            return state  # EEXIST, ENOENT, ESRCH
         promise(bool(state.memory[step.party]), f"EFAULT: nothing to map for {party_name(step.party)}")
-        return self.wake(state.with_table(step.party, Table.READ if step.readonly else Table.WRITE), step.party)
+        return state.with_table(step.party, Table.READ if step.readonly else Table.WRITE)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from protocol.directory import (
     AT_HOME,
+    GOES_ON,
     HOST,
     MAY_FAIL,
     NOWHERE,
@@ -116,36 +117,35 @@ class Machine:
 
     def pager_turns(self, state: State) -> Iterator[Move]:
         """Between two transitions it reads faults and deaths, and takes up any of the requests that it knows."""
+        answers = state.entry is not None and not self.is_closed(state)
         for number, one in enumerate(state.threads):
             if one.place == Place.QUEUED:
                 asked = Request(self.kernel.party_of[number], one.wish)
                 read = state.with_thread(number, Thread(Place.ASLEEP, one.wish))
-                yield Move(f"the pager reads a fault: {asked}", True, read._replace(known=read.known | {asked}))
+                known = read.known | {asked} if answers else read.known  # or who brings or takes the memory wakes it
+                yield Move(f"the pager reads a fault: {asked}", True, read._replace(known=known))
         for party, table in enumerate(state.table):
             if table == Table.DEAD:
                 yield Move(f"the pager learns that {party_name(party)} is dead", True, self.bury(state, party))
-        if self.is_open(state):
-            for asked in state.known:
-                todo = self.steps(state.entry, asked)
-                plan = Plan(asked, todo.after, (), todo.steps) if todo.steps else None
-                taken = state._replace(known=state.known - {asked}, plan=plan)
-                yield Move(f"the pager takes up: {asked}", True, self.settled(taken))
+        for asked in state.known if answers else ():
+            left = state._replace(known=state.known - {asked})
+            todo = self.steps(state.entry, asked)
+            plan = Plan(asked, todo.after, (), todo.steps) if todo.steps else None
+            yield Move(f"the pager takes up: {asked}", True, self.settled(left._replace(plan=plan)))
 
     def bury(self, state: State, party: int) -> State:
         """Nothing more is asked for the dead; what it holds comes home."""
         left = frozenset(asked for asked in state.known if asked.asker != party)
-        return state.with_table(party, Table.BURIED)._replace(known=left | {Request(party, Wish.LEAVE)})
+        leaves = left | {Request(party, Wish.LEAVE)} if state.entry else left
+        return state.with_table(party, Table.BURIED)._replace(known=leaves)
 
-    def steps(self, entry: Entry | None, asked: Request) -> Transition:
-        """Plan a transition. Where nothing is committed, who faults is woken: it finds out by itself."""
-        if entry is not None:
-            self.used.add((entry, asked.asker, asked.wish))
-            return transition(entry, asked.asker, asked.wish)
-        faulted = asked.wish in (Wish.READ, Wish.WRITE)
-        return Transition(entry, (Step(Verb.WAKE, asked.asker),) if faulted else ())
+    def steps(self, entry: Entry, asked: Request) -> Transition:
+        """Look it up in the table."""
+        self.used.add((entry, asked.asker, asked.wish))
+        return transition(entry, asked.asker, asked.wish)
 
     def pager_goes_on(self, state: State) -> Iterator[Move]:
-        """Do the next step; or it fails, and what was done is undone."""
+        """Do the next step; or it fails."""
         plan = state.plan
         step = plan.todo[0]
         try:
@@ -153,7 +153,7 @@ class Machine:
         except Refused as refusal:
             yield Move(f"the pager: {step}: {refusal}", True, self.settled(self.failed(state)))
         else:
-            if self.failures and step.verb in MAY_FAIL:
+            if self.failures and step.verb in MAY_FAIL | GOES_ON and not plan.undoes:
                 yield Move(f"the pager: {step}: fails", False, self.settled(self.failed(state)))
 
     def performed(self, state: State, step: Step) -> State:
@@ -174,19 +174,45 @@ class Machine:
         return state
 
     def published(self, state: State, plan: Plan) -> State:
-        """Tell the directory. What is discarded reads as zeros from now on."""
+        """Tell the directory. What is discarded reads as zeros from now on; what is in flight into it is void."""
         state = state._replace(entry=plan.after)
-        return self.cleared(state) if plan.after == NOWHERE and plan.request.wish == Wish.DISCARD else state
+        if plan.after != NOWHERE or plan.request.wish != Wish.DISCARD:
+            return state
+        state = state.with_threads(lambda _, one: AT_REST if one.place == Place.ADRIFT else one)
+        return self.cleared(state)
 
     def cleared(self, state: State) -> State:
         """Make zeros the last completed write."""
         return state._replace(memory=tuple(min(data, Data.STALE) for data in state.memory), zeros=Data.FRESH)
 
     def failed(self, state: State) -> State:
-        """Undo what was done, and ask again later."""
-        back = undo(state.entry, state.plan.done)
-        plan = Plan(state.plan.request, back.after, (), back.steps)
+        """Undo what was done, or go on to something that is true as well. Ask again later."""
+        plan = state.plan
+        step = plan.todo[0]
+        if step.verb == Verb.KEEP:
+            return state._replace(plan=plan._replace(after=self.without_host(plan.after), todo=plan.todo[1:]))
+        if step.verb == Verb.TAKE:
+            plan = self.with_loser(state, step.party)
+        else:
+            back = undo(state.entry, plan.done)
+            plan = Plan(plan.request, back.after, (), back.steps, undoes=True)
         return state._replace(plan=plan, known=state.known | {plan.request})
+
+    def without_host(self, after: Entry) -> Entry:
+        """The host was to keep a copy, and there is no memory for it."""
+        return Entry(after.holders & ~(1 << HOST), False)
+
+    def with_loser(self, state: State, loser: int) -> Plan:
+        """Somebody's copy could not be taken: it is true, and nobody may write while it is there."""
+        plan = state.plan
+        if plan.request.wish == Wish.DISCARD:  # nothing was protected: whoever has it has it as before
+            taken = sum(1 << step.party for step in plan.done if step.verb == Verb.TAKE)
+            return plan._replace(
+                after=state.entry._replace(holders=state.entry.holders & ~taken), todo=(Step(Verb.PUBLISH),)
+            )
+        left_out = (Step(Verb.DISCHARGE, loser), Step(Verb.ALLOW, plan.request.asker), Step(Verb.ALLOW, HOST))
+        todo = tuple(step for step in plan.todo[1:] if step not in left_out)
+        return plan._replace(after=Entry(plan.after.holders | 1 << loser, False), todo=todo)
 
     # ---- others ------------------------------------------------------------------------------------------------------
 
@@ -213,51 +239,68 @@ class Machine:
 
     @cached_property
     def script(self) -> tuple[tuple[str, int], ...]:
-        """What a decommit does, in order, and the commit after it."""
+        """What a decommit does, in order, and the commit after it; then what one does that failed half way."""
         parties = range(self.devices + 1)
-        unmap, punch, remap = ([(verb, party) for party in parties] for verb in ("unmap", "punch", "remap"))
-        return (("suspend", HOST), *unmap, *punch[1:], ("forget", HOST), *remap, ("commit", HOST))
+        unmap, remap = ([(verb, party) for party in parties] for verb in ("unmap", "remap"))
+        decommit = (*unmap[1:], ("suspend", HOST), unmap[0], ("forget", HOST))
+        return (*decommit, *remap, ("commit", HOST), ("resume", HOST), *remap[1:], ("end", HOST))
 
-    def is_suspended(self, state: State) -> bool:
-        """Whether the granule is being decommitted."""
-        return 0 < state.script <= self.script.index(("forget", HOST))
-
-    def is_open(self, state: State) -> bool:
-        """Whether the pager may take up requests."""
-        return not self.is_suspended(state)
+    def is_closed(self, state: State) -> bool:
+        """Whether the pager leaves the granule alone."""
+        forgets = self.script.index(("forget", HOST))
+        return forgets - 1 <= state.script <= forgets or self.script[state.script] == ("resume", HOST)
 
     def decommit_goes_on(self, state: State) -> Iterator[Move]:
         """Do the next thing. What the pager is told, it hears between two transitions."""
         verb, party = self.script[state.script]
-        if state.plan and verb in ("suspend", "forget", "commit"):
+        if state.plan and verb in ("suspend", "forget", "commit", "resume"):
             return
-        rests = verb == "suspend" or (verb, party) == ("remap", HOST)
-        done = getattr(self, verb)(state, party)._replace(script=(state.script + 1) % len(self.script))
-        yield Move(f"decommit: {verb} {party_name(party)}", not rests, done)
-        if (verb, party) == ("unmap", HOST) and not state.plan:
-            yield Move("decommit fails: resume", False, state._replace(script=0))
+        again = verb in ("commit", "end")
+        done = getattr(self, verb)(state, party)._replace(script=0 if again else state.script + 1)
+        yield Move(f"decommit: {verb} {party_name(party)}", not self.is_between(state), done)
+        if (verb, party) == ("unmap", HOST):
+            failed = state._replace(script=self.script.index(("resume", HOST)))
+            yield Move("decommit: the host's memory cannot be unmapped", False, failed)
 
-    def suspend(self, state: State, party: int) -> State:
-        return state
+    def is_between(self, state: State) -> bool:
+        """Whether no decommit and no commit is under way."""
+        return state.script in (0, self.script.index(("forget", HOST)) + 1)
 
     def unmap(self, state: State, party: int) -> State:
-        return self.kernel.unmapped(state, party)
+        """Map something else over a party's addresses. Its threads are woken, a device's at once."""
+        state = self.kernel.unmapped(state, party)
+        return state if party == HOST else self.kernel.wake(state, party)
 
-    def punch(self, state: State, party: int) -> State:
-        return state.with_memory(party, Data.NOTHING)
+    def suspend(self, state: State, party: int) -> State:
+        """Tell the pager to leave it alone. It lets go of faults that it knows: whoever ends this wakes them."""
+        return state._replace(known=frozenset(asked for asked in state.known if asked.wish == Wish.LEAVE))
 
     def forget(self, state: State, party: int) -> State:
-        """Tell the directory, then wake everybody."""
-        state = self.cleared(state)._replace(entry=None, charged=0, known=frozenset())
-        for each in range(self.devices + 1):
-            state = self.kernel.wake(state, each)
-        return state
+        """Tell the directory, drop what devices hold, wake everybody."""
+        state = self.cleared(state._replace(memory=(Data.NOTHING,) * len(state.memory)))
+        return self.everybody_woken(state._replace(entry=None, charged=0, known=frozenset()))
 
     def remap(self, state: State, party: int) -> State:
+        """Map the memory again."""
         return self.kernel.mapped(state, party)
 
     def commit(self, state: State, party: int) -> State:
-        return state._replace(entry=AT_HOME)
+        """Tell the directory, wake everybody: somebody may have been quicker."""
+        return self.everybody_woken(state._replace(entry=AT_HOME))
+
+    def resume(self, state: State, party: int) -> State:
+        """Tell the pager that the memory stays, wake everybody."""
+        return self.everybody_woken(state)
+
+    def end(self, state: State, party: int) -> State:
+        """All is as before."""
+        return state
+
+    def everybody_woken(self, state: State) -> State:
+        """Wake whoever is asleep in a fault."""
+        for party in range(self.devices + 1):
+            state = self.kernel.wake(state, party)
+        return state
 
     # ---- what must hold ----------------------------------------------------------------------------------------------
 
@@ -268,7 +311,7 @@ class Machine:
             and not state.known
             and all(one.place == Place.RESTS for one in state.threads)
             and Table.DEAD not in state.table
-            and (state.script == 0 or self.script[state.script] == ("remap", HOST))
+            and self.is_between(state)
         )
 
     def check(self, state: State) -> None:
@@ -281,7 +324,7 @@ class Machine:
         for party in range(1, self.devices + 1):
             charged = bool(state.charged >> party & 1)
             promise(charged or not state.memory[party], f"{party_name(party)} has a page that it is not charged for")
-        committed = state.entry is not None and not self.is_suspended(state)
+        committed = state.entry is not None and not self.is_closed(state)
         if committed:
             places = (*state.memory, state.staging, state.zeros)
             promise(Data.FRESH in places, "the last completed write is nowhere")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from protocol.directory import HOST, NOWHERE, Entry, Step, Transition, Verb, Wish
 from protocol.kernel import Kernel
-from protocol.machine import Machine
-from protocol.state import Request, State, Table
+from protocol.machine import Machine, Move
+from protocol.state import Plan, Request, State, Table
 
 Steps = tuple[Step, ...]
 
 UNSAFE = "somebody can write what another can read or write"
-ASLEEP = "nothing wakes them"
+ASLEEP = "this never comes to rest"
 OLD = "reads old data"
 LOST = "the last completed write is nowhere"
 
@@ -34,9 +34,9 @@ def without(*verbs: Verb) -> Callable[[Steps], Steps]:
     return lambda steps: tuple(step for step in steps if step.verb not in verbs)
 
 
-def writable(verb: Verb) -> Callable[[Steps], Steps]:
+def writable(*verbs: Verb) -> Callable[[Steps], Steps]:
     """Forget MODE_WP."""
-    return lambda steps: tuple(step._replace(readonly=step.readonly and step.verb != verb) for step in steps)
+    return lambda steps: tuple(step._replace(readonly=step.readonly and step.verb not in verbs) for step in steps)
 
 
 def early(verbs: tuple[Verb, ...], than: tuple[Verb, ...]) -> Callable[[Steps], Steps]:
@@ -52,19 +52,14 @@ def early(verbs: tuple[Verb, ...], than: tuple[Verb, ...]) -> Callable[[Steps], 
 
 def protect_copy_drop(steps: Steps) -> Steps:
     """Do what was done before there was UFFDIO_MOVE: protect the host's page, read it where it is, drop it."""
-    if Step(Verb.MOVE_OUT) not in steps:
+    if Step(Verb.MOVE_OUT) not in steps or Step(Verb.KEEP) in steps:
         return steps
-    stays = any(step.verb == Verb.COPY for step in steps)
     instead = {
         Verb.MOVE_OUT: [Step(Verb.ZERO), Step(Verb.PROTECT)],
-        Verb.COPY: [],
-        Verb.DROP: [] if stays else [Step(Verb.TAKE)],
+        Verb.COPY: [step._replace(source=HOST) for step in steps if step.verb == Verb.COPY],
+        Verb.DROP: [Step(Verb.TAKE)],
     }
-    return tuple(
-        step._replace(source=HOST) if step.verb == Verb.FILL else step
-        for old in steps
-        for step in instead.get(old.verb, [old])
-    )
+    return tuple(step for old in steps for step in instead.get(old.verb, [old]))
 
 
 class LastSharerForgotten(Machine):
@@ -119,11 +114,15 @@ class DeathUnnoticed(Machine):
         return left._replace(known=left.known - {Request(party, Wish.LEAVE)})
 
 
-class NeverSuspended(Machine):
+class NeverClosed(Machine):
     """The pager goes on in a range that is being decommitted."""
 
-    def is_open(self, state: State) -> bool:
-        return True
+    def pager_turns(self, state: State) -> Iterator[Move]:
+        for move in super().pager_turns(state._replace(script=0)):
+            yield move._replace(state=move.state._replace(script=state.script))
+
+    def suspend(self, state: State, party: int) -> State:
+        return state
 
 
 class ForgottenAsleep(Machine):
@@ -133,18 +132,41 @@ class ForgottenAsleep(Machine):
         return super().forget(state, party)._replace(threads=state.threads)
 
 
-class FaultOfNowhereDropped(Machine):
-    """A fault where nothing is committed is not answered."""
+class ResumedAsleep(Machine):
+    """A decommit fails, and who has waited for its end is not woken."""
 
-    def steps(self, entry: Entry | None, asked: Request) -> Transition:
-        return super().steps(entry, asked) if entry else Transition(entry, ())
+    def resume(self, state: State, party: int) -> State:
+        return state
 
 
-class MapsAsleep(Kernel):
-    """CONTINUE with MODE_DONTWAKE, and no WAKE after it."""
+class CommittedAsleep(Machine):
+    """Memory is committed, and who was quicker than that is not woken."""
 
-    def map(self, state: State, step: Step) -> State:
-        return super().map(state, step)._replace(threads=state.threads)
+    def commit(self, state: State, party: int) -> State:
+        return super().commit(state, party)._replace(threads=state.threads)
+
+
+class LoserWrites(Machine):
+    """A copy that could not be taken does not keep the asker from writing."""
+
+    def with_loser(self, state: State, loser: int) -> Plan:
+        return state.plan._replace(todo=state.plan.todo[2:])
+
+
+class DiscardShares(Machine):
+    """What could not be discarded is called shared, and its holder can write it still."""
+
+    def with_loser(self, state: State, loser: int) -> Plan:
+        left = super().with_loser(state, loser)
+        return left if loser == HOST else left._replace(after=left.after._replace(modified=False))
+
+
+class WritableAgain(Machine):
+    """What was moved back can be written, and is called shared as it was."""
+
+    def failed(self, state: State) -> State:
+        failed = super().failed(state)
+        return failed._replace(plan=failed.plan._replace(after=state.entry)) if failed.plan.undoes else failed
 
 
 class AllowsAsleep(Kernel):
@@ -178,36 +200,38 @@ MUTANTS = {
         Rewritten(1, rewrite=early((Verb.ALLOW,), (Verb.TAKE,))), UNSAFE
     ),
     "a copy is dropped before it is copied": Mutant(
-        Rewritten(2, rewrite=early((Verb.TAKE, Verb.DISCHARGE), (Verb.FILL,))), LOST
+        Rewritten(2, rewrite=early((Verb.TAKE, Verb.DISCHARGE), (Verb.COPY,))), LOST
     ),
     "nobody is protected before the copy": Mutant(Rewritten(1, rewrite=without(Verb.PROTECT)), UNSAFE),
-    "staging is dropped before the file is filled": Mutant(
-        Rewritten(1, rewrite=early((Verb.DROP,), (Verb.FILL,))), LOST
-    ),
-    "protect, copy, drop in place of MOVE": Mutant(
-        Rewritten(1, writes_in_flight=True, rewrite=protect_copy_drop), "a write in flight went into a page"
-    ),
+    "staging is dropped before it is copied": Mutant(Rewritten(1, rewrite=early((Verb.DROP,), (Verb.COPY,))), LOST),
+    "protect, copy, drop in place of MOVE": Mutant(Rewritten(1, writes_in_flight=True, rewrite=protect_copy_drop), OLD),
     "COPY without MODE_WP": Mutant(Rewritten(1, rewrite=writable(Verb.COPY)), UNSAFE),
-    "CONTINUE without MODE_WP": Mutant(Rewritten(1, rewrite=writable(Verb.MAP)), UNSAFE),
+    "KEEP without MODE_WP": Mutant(Rewritten(1, rewrite=writable(Verb.KEEP)), UNSAFE),
+    "CONTINUE without MODE_WP": Mutant(Rewritten(1, reclaim=True, rewrite=writable(Verb.MAP)), UNSAFE),
     "published too early, and pinned": Mutant(PublishedEarly(1, writes_in_flight=True), "can write what is shared"),
     "published too early, and a step fails": Mutant(PublishedEarly(1, failures=True), "host holds NOTHING"),
     "never published": Mutant(Rewritten(1, rewrite=without(Verb.PUBLISH)), "device 1 holds FRESH"),
     "what failed is not undone": Mutant(NothingUndone(1, failures=True), "not charged as it holds"),
     "what failed is not asked again": Mutant(NothingAskedAgain(1, failures=True), ASLEEP),
     "what was pinned is not asked again": Mutant(NothingAskedAgain(1, writes_in_flight=True), ASLEEP),
-    "CONTINUE wakes nobody": Mutant(Machine(1, kernel_type=MapsAsleep), ASLEEP),
-    "the end of protection wakes nobody": Mutant(Machine(1, kernel_type=AllowsAsleep), ASLEEP),
-    "a fault that found what it wanted is not woken": Mutant(Rewritten(1, rewrite=without(Verb.WAKE)), ASLEEP),
+    "what was moved back is called shared": Mutant(
+        WritableAgain(1, failures=True, commands=(Wish.LEAVE,)), "can write what is shared"
+    ),
+    "who cannot be dropped is forgotten": Mutant(LoserWrites(1, failures=True), UNSAFE),
+    "what cannot be discarded is called shared": Mutant(
+        DiscardShares(1, failures=True, commands=(Wish.DISCARD,)), "can write what is shared"
+    ),
+    "a reader is not woken": Mutant(Rewritten(1, rewrite=without(Verb.WAKE)), ASLEEP),
+    "a writer is not woken": Mutant(Machine(1, kernel_type=AllowsAsleep), ASLEEP),
     "a hole of the host's is not filled": Mutant(Rewritten(1, rewrite=without(Verb.ZERO)), ASLEEP),
     "the last sharer's death is ignored": Mutant(LastSharerForgotten(2, deaths=True), LOST),
     "a death is not looked at": Mutant(DeathUnnoticed(1, deaths=True), "dead and holds"),
-    "the dead are served": Mutant(DeadServed(1, deaths=True), "dead and holds"),
+    "the dead are served": Mutant(DeadServed(1, deaths=True), ASLEEP),
     "what is evicted stays charged": Mutant(Rewritten(1, rewrite=without(Verb.DISCHARGE)), "charged"),
     "what is filled is not charged": Mutant(Rewritten(1, rewrite=without(Verb.CHARGE)), "charged"),
-    "the pager goes on in what is being decommitted": Mutant(NeverSuspended(1, decommits=True), "not charged for"),
+    "the pager goes on in what is being decommitted": Mutant(NeverClosed(1, decommits=True), OLD),
     "who waits where memory goes away is not woken": Mutant(ForgottenAsleep(1, decommits=True), ASLEEP),
-    "a fault where nothing is committed is dropped": Mutant(FaultOfNowhereDropped(1, decommits=True), ASLEEP),
-    "holes of the device's file fill themselves": Mutant(
-        Machine(1, kernel_type=HolesFilled), "has a page that it is not charged for"
-    ),
+    "who waits where memory stays after all is not woken": Mutant(ResumedAsleep(1, decommits=True), ASLEEP),
+    "who waits where memory comes is not woken": Mutant(CommittedAsleep(1, decommits=True), ASLEEP),
+    "holes of the device's file fill themselves": Mutant(Machine(1, kernel_type=HolesFilled), "not charged for"),
 }

@@ -67,7 +67,7 @@ def visit(machine: Machine) -> Found:
     stuck = first_stuck(before, rests)
     if stuck is None:
         return Found(len(number), moves)
-    return Found(len(number), moves, f"nothing wakes them: {list(number)[stuck]}", story(came, stuck))
+    return Found(len(number), moves, f"this never comes to rest: {list(number)[stuck]}", story(came, stuck))
 
 
 def first_stuck(before: list[list[int]], rests: list[int]) -> int | None:

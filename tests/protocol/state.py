@@ -69,6 +69,7 @@ class Plan(NamedTuple):
     after: Entry | None
     done: tuple[Step, ...]
     todo: tuple[Step, ...]
+    undoes: bool = False
 
 
 class State(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from protocol.directory import HOST, STAGING, Entry, Step, Verb, Wish, members, table
+from protocol.directory import STAGING, Entry, Step, Verb, Wish, members, table
 
 from uvas._core import ffi, lib
 
@@ -25,17 +25,15 @@ def asked(before: Entry, party: int, wish: Wish) -> tuple[int, tuple[Step, ...]]
     """Ask the core: the word afterwards, and the steps in the table's words."""
     said = ffi.new("struct uvas_test_step *")
     assert lib.uvas_test_transition(word_of(before), party, wish == Wish.WRITE, said) == 0
-    readonly = not said.after & MODIFIED
     source = STAGING if said.steps & TAKE else said.source
-    copy = Step(Verb.COPY, HOST, source, readonly=True)
     steps = {
         ZERO: [Step(Verb.ZERO, party)],
         TAKE: [Step(Verb.MOVE_OUT)],
         PROTECT: [Step(Verb.PROTECT, said.source)],
-        FILL: [copy if party == HOST else Step(Verb.FILL, party, source)],
-        KEEP: [copy],
+        FILL: [Step(Verb.COPY, party, source)],
+        KEEP: [Step(Verb.KEEP)],
         DROP: [Step(Verb.TAKE, loser) for loser in members(said.drops)],
-        MAP: [Step(Verb.MAP, party, readonly=readonly)],
+        MAP: [Step(Verb.MAP, party, readonly=False)],
         UNPROTECT: [Step(Verb.ALLOW, party)],
     }
     if said.steps & TAKE:

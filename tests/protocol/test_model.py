@@ -7,7 +7,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import pytest
-from protocol.directory import CANNOT_BE_UNDONE, HOST, MAY_FAIL, NOWHERE, UNDONE_BY, Entry, Verb, Wish, members, table
+from protocol.directory import CANNOT_BE_UNDONE, MAY_FAIL, NOWHERE, UNDONE_BY, Verb, Wish, members, table
 from protocol.machine import Machine
 from protocol.mutants import MUTANTS
 from protocol.search import search
@@ -21,12 +21,11 @@ TWO = {
     "writes in flight, failures, deaths": Machine(1, writes_in_flight=True, failures=True, deaths=True),
     "evictions, discards, failures": Machine(1, commands=EVICTIONS + DISCARDS, failures=True),
     "prefetches, reclaim": Machine(1, commands=PREFETCHES, reclaim=True),
-    "decommits, writes in flight": Machine(1, decommits=True, writes_in_flight=True),
     "decommits, deaths, failures": Machine(1, decommits=True, deaths=True, failures=True),
 }
 THREE = {
     "deaths, failures": Machine(2, deaths=True, failures=True),
-    "discards, reclaim": Machine(2, commands=DISCARDS, reclaim=True),
+    "discards, failures": Machine(2, commands=DISCARDS, failures=True),
     "evictions": Machine(2, commands=EVICTIONS),
     "decommits": Machine(2, decommits=True),
 }
@@ -65,23 +64,12 @@ def test_every_promise_holds_in_more_states(title: str, capsys: pytest.CaptureFi
     run(FULL[title], capsys, title)
 
 
-def unused(machines: list[Machine]) -> set[tuple[Entry, int, Wish]]:
-    """Search them all, and tell which rows of the table for three parties change something and came up in none."""
+def test_every_row_of_the_table_comes_up() -> None:
+    machines = [*TWO.values(), *THREE.values()]
     for machine in machines:
         searched(machine)
     used = set().union(*(machine.used for machine in machines))
-    return {key for key, plan in table(3).items() if plan.after != key[0]} - used
-
-
-def test_every_row_of_the_table_comes_up() -> None:
-    both_asked = {(Entry(1 << device, False), HOST, Wish.DISCARD) for device in (1, 2)}  # evicted first, then discarded
-    assert unused([*TWO.values(), *THREE.values()]) == both_asked
-
-
-@pytest.mark.full
-@pytest.mark.timeout(1800)
-def test_every_row_of_the_table_comes_up_in_more_states() -> None:
-    assert not unused([*TWO.values(), *THREE.values(), *FULL.values()])
+    assert not {key for key, plan in table(3).items() if plan.after != key[0]} - used
 
 
 @pytest.mark.parametrize("title", MUTANTS)
@@ -108,8 +96,8 @@ def test_what_may_fail_comes_before_what_cannot_be_undone() -> None:
     for plan in TABLE.values():
         verbs = [step.verb for step in plan.steps]
         last = max((i for i, verb in enumerate(verbs) if verb in MAY_FAIL), default=0)
-        assert not CANNOT_BE_UNDONE & set(verbs[:last])
         assert set(verbs[:last]) <= set(UNDONE_BY)
+        assert not set(verbs[:last]) & CANNOT_BE_UNDONE
 
 
 def test_others_lose_before_the_asker_gains() -> None:
