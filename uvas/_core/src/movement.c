@@ -80,7 +80,7 @@ static int movable(struct uvas_record *record, size_t offset, size_t size) {
         if (protection == UVAS_NONE) {
             return uvas_fail_invalid("[0x%lx, 0x%lx) may not be accessed (protection none): it does not move", base, record->base + until);
         }
-        if (kind != UVAS_BACKING_ANONYMOUS) {
+        if (kind == UVAS_BACKING_DESCRIPTOR) { /* other memory that all share has nowhere to move, which is no error */
             return uvas_fail_unsupported("moving a mapped descriptor", "copy it into committed memory", "[0x%lx, 0x%lx) maps a descriptor, which stays where it is",
                                          base, record->base + until);
         }
