@@ -209,6 +209,7 @@ class _Pickler(pickle.Pickler):
 
 
 def described(array: np.ndarray[Any, Any]) -> str:
+    """Say which array it is, for messages."""
     return f"the array of shape {array.shape} and dtype {array.dtype} at {address_of(array):#x}"
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from errno import EFAULT
 from operator import index
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -112,12 +111,10 @@ class OpenCLDevice:
             self._queue = self._cl.CommandQueue(self._context)
         self._copy = self.kernel(_COPY, "copy")
         self._waiter = Waiter(f"uvas-{self._info.name}")
-        weakref.finalize(self, self._waiter.end).atexit = False
 
     @property
     def info(self) -> DeviceInfo:
-        """What the device declares. In its details "advertised" and "probed" are the SVM that it says it has, and what
-        was tried and found."""
+        """What the device declares; in its details the SVM that it says it has, and apart from that what was tried."""
         return self._info
 
     @property
@@ -130,7 +127,8 @@ class OpenCLDevice:
             The device is closed, or the parent process's.
         """
         self._check("context")
-        return self._context
+        context: pyopencl.Context = self._context
+        return context
 
     @property
     def queue(self) -> pyopencl.CommandQueue:
@@ -142,7 +140,8 @@ class OpenCLDevice:
             As of `context`.
         """
         self._check("queue")
-        return self._queue
+        queue: pyopencl.CommandQueue = self._queue
+        return queue
 
     # ---- what a space asks -------------------------------------------------------------------------------------------
 
@@ -371,7 +370,6 @@ class OpenCLDevice:
             already, self._closed = self._closed, True
         if already:
             return
-        self._waiter.end()
         with self._driver():
             self._queue.finish()
         self._waiter.join()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
 from typing import Any
 
 __all__ = ["Launch", "Waiter"]
@@ -59,33 +59,46 @@ class Launch:
 
 
 class Waiter:
-    """A thread that settles launches in the order in which they were handed to the driver. Begins with the first."""
+    """Settles launches in the order in which they were handed to the driver, on a thread while there are any.
+
+    The interpreter waits for such a thread when it ends. One that waited for ever for more would have to be a daemon,
+    and daemons that the interpreter's end finds inside OpenCL take the process with them.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._line: SimpleQueue[Launch | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._line: deque[Launch] = deque()
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
 
     def add(self, launch: Launch) -> None:
-        """Settle this one, after those before it."""
-        with self._starting:
-            if self._thread is None:
-                self._thread = threading.Thread(target=_work, args=(self._line,), name=self._name, daemon=True)
+        """Settle this one, after those before it; here and now where there is no thread to be had."""
+        with self._lock:
+            self._line.append(launch)
+            if self._thread is not None:
+                return
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=False)
+            try:
                 self._thread.start()
-        self._line.put(launch)
+            except RuntimeError:
+                self._thread = None
+        if self._thread is None:
+            self._work()
 
-    def end(self) -> None:
-        """Let it end when all are settled. Takes no lock: finalizers call it."""
-        self._line.put(None)
+    def _work(self) -> None:
+        while (launch := self._next()) is not None:
+            launch.settle()
+            del launch
+
+    def _next(self) -> Launch | None:
+        with self._lock:
+            if self._line:
+                return self._line.popleft()
+            self._thread = None
+            return None
 
     def join(self) -> None:
-        """Wait until it has ended, unless it is this very thread: a callback of a future."""
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-
-
-def _work(line: SimpleQueue[Launch | None]) -> None:
-    while (launch := line.get()) is not None:
-        launch.settle()
-        del launch
+        """Wait until all are settled, unless this is the very thread that does it: a callback of a future."""
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
