@@ -235,10 +235,10 @@ class OpenCLDevice:
             if failure.name in ("BUILD_PROGRAM_FAILURE", "INVALID_BUILD_OPTIONS", "INVALID_COMPILER_OPTIONS"):
                 raise ValueError(f"the program of {name} cannot be built: {error}") from None
             raise failure from None
-        names = [kernel.function_name for kernel in program.all_kernels()]
-        if name not in names:
-            raise ValueError(f"there is no kernel {name} in the program: {', '.join(names) or 'none at all'}")
         with self._driver():
+            names = [kernel.function_name for kernel in program.all_kernels()]
+            if name not in names:
+                raise ValueError(f"there is no kernel {name} in the program: {', '.join(names) or 'none at all'}")
             return Kernel(self._cl, self._cl.Kernel(program, name), self._info.name)
 
     def submit(self, kernel: Kernel, global_size: _Size, local_size: _Size | None, /, *args: object) -> Future[None]:
