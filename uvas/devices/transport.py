@@ -221,8 +221,10 @@ def address_of(array: np.ndarray[Any, Any]) -> int:
 
 def extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
     """Return the lowest address of an array's elements and the bytes from there to the end of its highest one."""
-    if array.size == 0 or array.itemsize == 0:
+    if array.nbytes == 0:
         return 0, 0
+    if array.flags.c_contiguous:
+        return address_of(array), array.nbytes
     spans = [(length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True)]
     below = sum(span for span in spans if span < 0)
     above = sum(span for span in spans if span > 0)

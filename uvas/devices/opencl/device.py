@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from errno import EFAULT
@@ -279,32 +279,52 @@ class OpenCLDevice:
         ReleasedError
             As of `commit`.
         """
+        launch, begin = self._prepared(kernel, global_size, local_size, args)
         with held_back():  # from here on the kernel runs, and somebody has to hold what it uses
-            launch = self._launch(kernel, global_size, local_size, args)
+            begin()
+            launch.future.set_running_or_notify_cancel()
             self._waiter.add(launch)
         return launch.future
 
     def run(self, kernel: Kernel, global_size: _Size, local_size: _Size | None, /, *args: object) -> None:
         """Launch a kernel and wait for its end; see `submit`."""
-        with held_back():
-            self._launch(kernel, global_size, local_size, args).wait()
+        launch, begin = self._prepared(kernel, global_size, local_size, args)
+        self._see_through(launch, begin)
 
-    def _launch(self, kernel: Kernel, global_size: _Size, local_size: _Size | None, args: tuple[object, ...]) -> Launch:
+    def _see_through(self, launch: Launch, begin: Callable[[], None]) -> None:
+        """Begin and wait; an interrupt does not get away before the kernel has ended."""
+        try:
+            begin()
+            launch.wait()
+        except BaseException:
+            with self._driver():
+                launch.finish(self._queue)
+            raise
+
+    def _prepared(
+        self, kernel: Kernel, global_size: _Size, local_size: _Size | None, args: tuple[object, ...]
+    ) -> tuple[Launch, Callable[[], None]]:
+        """Lease what the kernel needs and return its launch, and what begins it."""
         sizes = _dimensions(global_size), None if local_size is None else _dimensions(local_size)
-        bound = kernel.bind(args)  # leases are taken outside the lock: they wait for who changes the memory meanwhile
-        with self._order:
-            self._check(f"launch {kernel.name} on")
-            bound.check(self._memory, self._info.name)
-            try:
-                for place, value in enumerate(bound.values):
-                    kernel.raw.set_arg(place, value)
-                event = self._cl.enqueue_nd_range_kernel(self._queue, kernel.raw, *sizes)
-            except self._cl.Error as error:
-                failure = self._translated(error)
-                if failure.name in _CALLERS_MISTAKES:
-                    raise ValueError(f"{kernel.name} cannot be launched so: {error}") from None
-                raise failure from None
-        return Launch(event, (self, args, bound.holds), self._translated)
+        self._check("launch")
+        bound = kernel.bind(args)  # outside the lock: leases wait for who changes the memory meanwhile
+        launch = Launch((self, args, bound.holds), self._translated)
+
+        def begin() -> None:
+            with self._order:
+                self._check("launch")
+                bound.check(self._memory, self._info.name)
+                try:
+                    for place, value in enumerate(bound.values):
+                        kernel.raw.set_arg(place, value)
+                    launch.begin(self._cl.enqueue_nd_range_kernel, self._queue, kernel.raw, *sizes)
+                except self._cl.Error as error:
+                    failure = self._translated(error)
+                    if failure.name in _CALLERS_MISTAKES:
+                        raise ValueError(f"{kernel.name} cannot be launched so: {error}") from None
+                    raise failure from None
+
+        return launch, begin
 
     def read(self, address: int, size: int) -> bytes:
         """Return what a kernel sees at an address.
@@ -340,7 +360,9 @@ class OpenCLDevice:
         place = Range(address, size)
         if place.base == 0:
             raise ValueError(f"{place} begins at 0x0, where nothing is")
-        with held_back():
+        launch = Launch(self, self._translated)
+
+        def begin() -> None:
             with self._order:
                 self._check(verb)
                 if not self._memory.allows(place, wanted):
@@ -348,11 +370,13 @@ class OpenCLDevice:
                         verb, EFAULT, "EFAULT", self._info.name,
                         message=f"{self._info.name} cannot {verb} {place}: not all of it is accessible there",
                     )  # fmt: skip
+                copy = self._copy.raw
                 with self._driver():
                     for argument, value in enumerate((origin, target, size)):
-                        self._copy.raw.set_arg(argument, np.uint64(value))
-                    event = self._cl.enqueue_nd_range_kernel(self._queue, self._copy.raw, (_COPIERS,), None)
-            Launch(event, None, self._translated).wait()
+                        copy.set_arg(argument, np.uint64(value))
+                    launch.begin(self._cl.enqueue_nd_range_kernel, self._queue, copy, (_COPIERS,), None)
+
+        self._see_through(launch, begin)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 

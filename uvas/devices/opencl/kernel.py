@@ -60,11 +60,17 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Memory that a kernel is pointed to: what it may do there, and how to say whose it is."""
+    """Memory that a kernel is pointed to, what it may do there, and for messages the parameter and its argument."""
 
     range: Range
     wanted: str
     what: str
+    argument: np.ndarray[Any, Any] | int
+
+    def __str__(self) -> str:
+        if isinstance(self.argument, int):
+            return f"{self.what}: the address {self.argument:#x}"
+        return f"{self.what}: {described(self.argument)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +95,8 @@ class Bound:
             if memory.allows(need.range, need.wanted):
                 continue
             if not memory.allows(need.range, ""):
-                raise TypeError(_elsewhere(need.what, party))
-            raise ValueError(f"{need.what} needs {need.wanted!r} at {need.range}, which is protected against it")
+                raise TypeError(_elsewhere(need, party))
+            raise ValueError(f"{need} needs {need.wanted!r} at {need.range}, which is protected against it")
 
 
 class Kernel:
@@ -114,6 +120,7 @@ class Kernel:
         self.name: str = raw.function_name
         self.parameters: tuple[Parameter, ...] = tuple(_parameter(cl, raw, i) for i in range(raw.num_args))
         """What it takes."""
+        self._places = tuple((parameter, f"{parameter.name} of {self.name}") for parameter in self.parameters)
 
     def bind(self, arguments: tuple[object, ...]) -> Bound:
         """Turn arguments into what OpenCL takes, and lease the memory of the arrays among them.
@@ -127,12 +134,11 @@ class Kernel:
             names = ", ".join(parameter.name for parameter in self.parameters)
             raise TypeError(f"{self.name} takes {len(self.parameters)} arguments ({names}), not {len(arguments)}")
         bound = Bound([], [], [])
-        for parameter, argument in zip(self.parameters, arguments, strict=True):
-            bound.values.append(self._value(parameter, argument, bound))
+        for (parameter, what), argument in zip(self._places, arguments, strict=True):
+            bound.values.append(self._value(parameter, argument, bound, what))
         return bound
 
-    def _value(self, parameter: Parameter, argument: Any, bound: Bound) -> Any:
-        what = f"{parameter.name} of {self.name}"
+    def _value(self, parameter: Parameter, argument: Any, bound: Bound, what: str) -> Any:
         if parameter.is_pointer:
             return self._pointer(parameter, argument, bound, what)
         if parameter.memory == "local":
@@ -162,7 +168,7 @@ class Kernel:
             ) from None
         if address == 0:
             return None
-        bound.needs.append(Need(Range(address, 1), parameter.wants, f"{what}: the address {address:#x}"))
+        bound.needs.append(Need(Range(address, 1), parameter.wants, what, address))
         return self._at(address)
 
     def _at(self, address: int) -> Any:
@@ -176,13 +182,13 @@ class Kernel:
         low, size = extent(array)
         if size == 0:
             return 0
-        label = f"{what}: {described(array)}"
+        need = Need(Range(low, size), wanted, what, array)
         try:
             bound.holds.append(_keeper(array, low, size))
         except ValueError:
-            raise TypeError(_elsewhere(label, self._party)) from None
-        bound.needs.append(Need(Range(low, size), wanted, label))
-        return address_of(array)
+            raise TypeError(_elsewhere(need, self._party)) from None
+        bound.needs.append(need)
+        return low if array.flags.c_contiguous else address_of(array)
 
     def _local(self, argument: Any, what: str) -> Any:
         if isinstance(argument, self._cl.LocalMemory):
@@ -238,8 +244,8 @@ def _keeper(array: np.ndarray[Any, Any], low: int, size: int) -> object:
     return memory_at(low, size)
 
 
-def _elsewhere(what: str, party: str) -> str:
+def _elsewhere(need: Need, party: str) -> str:
     return (
-        f"{what} does not lie in memory that {party} shares; allocate it with reservation.numpy or in an arena of the "
+        f"{need} does not lie in memory that {party} shares; allocate it with reservation.numpy or in an arena of the "
         f"device's space, or copy it into a pyopencl.Buffer"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,28 +11,34 @@ from typing import Any
 
 __all__ = ["Launch", "Waiter"]
 
+_LOOK_S = 0.001
+"""Between looks at a command that cannot be waited for."""
+
 
 class Launch:
-    """A kernel that was handed to the driver.
+    """A kernel that is handed to the driver.
 
     Parameters
     ----------
-    event
-        The driver's, of its end.
     holds
-        What must live until then.
+        What must live until it has ended.
     translate
         Makes uvas's error of OpenCL's.
     """
 
-    __slots__ = ("_event", "_holds", "_translate", "future")
+    __slots__ = ("_begun", "_event", "_holds", "_translate", "future")
 
-    def __init__(self, event: Any, holds: object, translate: Callable[[Exception], Exception]) -> None:
-        self._event = event
+    def __init__(self, holds: object, translate: Callable[[Exception], Exception]) -> None:
+        self._begun = False
+        self._event: Any = None
         self._holds = holds
         self._translate = translate
         self.future: Future[None] = Future()
-        self.future.set_running_or_notify_cancel()  # a command that is queued cannot be taken back
+
+    def begin(self, enqueue: Callable[..., Any], *arguments: Any) -> None:
+        """Hand it to the driver: `enqueue` returns the event of its end. A command in a queue cannot be taken back."""
+        self._begun = True
+        self._event = enqueue(*arguments)
 
     def wait(self) -> None:
         """Wait for its end, and let go of what it held.
@@ -44,8 +51,23 @@ class Launch:
         try:
             self._event.wait()
         except Exception as error:
+            self._watch()
+            self._holds = None
             raise self._translate(error) from None
-        finally:
+        self._holds = None
+
+    def _watch(self) -> None:
+        """Wait without the driver's help, which has failed: for all that it says, the kernel may be running."""
+        try:
+            while self._event.command_execution_status > 0:
+                time.sleep(_LOOK_S)
+        except Exception:
+            return  # it knows nothing of it any more
+
+    def finish(self, queue: Any) -> None:
+        """See to it that it has ended although something came in between, if it was begun at all."""
+        if self._begun and self._holds is not None:
+            queue.finish()
             self._holds = None
 
     def settle(self) -> None:
