@@ -10,19 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from uvas.devices.base import Backing, Device, DeviceInfo
+    from uvas.devices.base import Backing, Device, DeviceInfo, LentMemory
     from uvas.devices.cfunction import CFunction
     from uvas.devices.opencl.device import OpenCLDevice
     from uvas.devices.process import ProcessDevice
     from uvas.devices.transport import by_value
 
-__all__ = ["Backing", "CFunction", "Device", "DeviceInfo", "OpenCLDevice", "ProcessDevice", "by_value"]
+__all__ = ["Backing", "CFunction", "Device", "DeviceInfo", "LentMemory", "OpenCLDevice", "ProcessDevice", "by_value"]
 
 _HOMES = {
     "Backing": "base",
     "CFunction": "cfunction",
     "Device": "base",
     "DeviceInfo": "base",
+    "LentMemory": "base",
     "OpenCLDevice": "opencl.device",
     "ProcessDevice": "process",
     "by_value": "transport",
