@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +18,7 @@ from machine import PAGE
 
 import uvas
 from uvas.devices.opencl import platforms, probe
+from uvas.devices.opencl.launches import Launch
 
 SOURCE = """
 kernel void saxpy(global const float *x, global float *y, float factor) {
@@ -472,6 +475,44 @@ def test_kernels_run_in_order_and_close_waits_for_them(kernels, device, space, m
     ):
         with pytest.raises(uvas.ReleasedError, match="cl: it is closed"):
             verb()
+
+
+def interrupt_in_the_wait() -> None:
+    """Ctrl-C, as another process would send it, while the main thread is in the driver."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupt_before_the_wait(monkeypatch) -> None:
+    """Ctrl-C when the kernel has been handed over, and nobody waits for it yet."""
+
+    def interrupted(_):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Launch, "wait", interrupted)
+
+
+@pytest.mark.parametrize("when", ["before the wait", "in the wait"])
+def test_an_interrupt_does_not_leave_a_kernel_behind(device, kernels, memory, monkeypatch, when):
+    gate, when_open = Gate(memory), kernels("when_open")
+    memory.numpy("i8", 1)[0] = 55
+
+    def interrupt_then_open() -> None:
+        gate.wait_for_the_kernel()
+        if when == "in the wait":
+            interrupt_in_the_wait()
+        time.sleep(0.2)
+        gate.open()
+
+    if when == "before the wait":
+        interrupt_before_the_wait(monkeypatch)
+    other = threading.Thread(target=interrupt_then_open)
+    other.start()
+    with pytest.raises(KeyboardInterrupt):
+        device.run(when_open, 1, None, gate.words, memory.base, gate.result)
+    assert gate.result[0] == 55  # it has ended
+    other.join()
+    device.run(when_open, 1, None, gate.words, memory.base, gate.result)
 
 
 def test_many_threads(device, kernels, space):
