@@ -221,6 +221,23 @@ def test_the_demo_verifies_what_it_claims() -> None:
     assert outcome["clobber_lost"] > 0 or outcome["clobber_deaths"]
 
 
+def test_the_demo_in_kernels_too() -> None:
+    opencl_in_tests.device().close()
+    outcome = json.loads(run(sys.executable, "-W", "error", "-m", "uvas", "demo", "--json", "--opencl"))
+    assert outcome["failures"] == []
+    assert outcome["right_in_kernels"] == outcome["right_answers"] == 2000
+
+
+def test_the_demo_in_kernels_without_opencl_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "pyopencl.py").write_text("raise ImportError('not here')")
+    command = [sys.executable, "-m", "uvas", "demo", "--opencl"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "uvas[opencl]" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_the_demo_shows_the_harm_from_wherever_it_is_started(tmp_path: Path) -> None:
     """In a checkout whose package is installed elsewhere, ``-m`` would find sources that are not built."""
     (tmp_path / "uvas").mkdir()
