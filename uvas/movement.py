@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from errno import EBUSY, EIO, errorcode
+from errno import EBUSY, EIO, ESRCH, errorcode
 from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from uvas._core import ffi, lib
 from uvas.allocation import Allocation
 from uvas.devices.adapter import Party, raise_answer
-from uvas.errors import DeviceError
+from uvas.errors import DeviceError, DeviceLostError
 from uvas.ranges import Range
 from uvas.reservation import Reservation
 
@@ -184,6 +184,8 @@ def _movers(process: int) -> ThreadPoolExecutor:
 def _by_pager(at: Place, party: Party | None) -> None:
     moved = ffi.new("struct uvas_moved *")
     code = lib.uvas_prefetch(at.reservation, at.offset, at.range.size, party.id if party else 0, moved)
+    if code == -ESRCH and party:
+        raise DeviceLostError("prefetch", code, "ESRCH", party.info.name)
     if code == -EBUSY:
         raise _stayed(moved, party.info.name if party else "the host")
     if code < 0:

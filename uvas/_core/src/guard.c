@@ -1,7 +1,8 @@
 /* guard.c: two threads beside the pager.
  *
- *   the mate      writes to pages that are shared with a child of fork, so that they are this process's alone and can move. On the pager's own thread
- *                 that could be a fault, for which it would wait for itself
+ *   the mate      does one job at a time for it: the second half of a large copy, the dropping of staging while the pager goes on, and the writing to
+ *                 pages that are shared with a child of fork, so that they are this process's alone and can move. That last could be a fault, for which
+ *                 the pager's own thread would wait for itself
  *   the watchdog  says on stderr which fault nobody has answered for long: a hang that has a name
  */
 #define _GNU_SOURCE
@@ -16,34 +17,113 @@
 #define LONG_NS 10000000000ull /* ten seconds: longer than anything here takes, shorter than patience */
 #define LOOK_S 1
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards all of this */
+#define SPINS 2000 /* looks at the mailbox before sleeping: a batch's jobs follow each other within microseconds */
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards ending, asleep and the sleep */
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
-static uintptr_t wanted; /* the page to be written to; 0: none */
-static bool ending;
+static bool ending, asleep;
 static pthread_t mate, watchdog;
 
-void uvas_unshare(uintptr_t page) {
+/* The mailbox. `state` is written by the pager (IDLE to POSTED, release) and by the mate (POSTED to IDLE, release); the job belongs to whose turn it is. */
+enum { IDLE, POSTED };
+static _Atomic int state;
+static struct job {
+    enum { COPY, DROP, UNSHARE } kind;
+    int faults;
+    uintptr_t to;
+    const char *from;
+    size_t size;
+    int rc;
+} job;
+
+static void pause_a_moment(void) { /* nothing that a processor would need to be told */
+    __asm__ volatile("" ::: "memory");
+}
+
+static void post(const struct job *wanted) {
+    job = *wanted;
+    atomic_store_explicit(&state, POSTED, memory_order_seq_cst);
     pthread_mutex_lock(&lock);
-    wanted = wanted ? wanted : page;
-    pthread_cond_broadcast(&changed);
+    if (asleep) {
+        pthread_cond_broadcast(&changed);
+    }
     pthread_mutex_unlock(&lock);
 }
 
-static void *be_mate(void *nothing) {
-    pthread_mutex_lock(&lock);
-    while (!ending) {
-        uintptr_t page = wanted;
-        if (!page) {
-            pthread_cond_wait(&changed, &lock);
-            continue;
+static bool idle(void) {
+    return atomic_load_explicit(&state, memory_order_acquire) == IDLE;
+}
+
+void uvas_mate_wait(void) {
+    for (uint32_t spins = 0; !idle(); spins++) {
+        if (spins > SPINS) {
+            uvas_vm_yield();
+        } else {
+            pause_a_moment();
         }
-        pthread_mutex_unlock(&lock);
-        (void)uvas_vm_populate(page, uvas_vm_platform.page_size, UVAS_WRITE);
-        pthread_mutex_lock(&lock);
-        wanted = 0;
     }
-    pthread_mutex_unlock(&lock);
-    return nothing;
+}
+
+void uvas_mate_copy(int faults, uintptr_t to, const char *from, size_t size) {
+    uvas_mate_wait();
+    post(&(struct job){.kind = COPY, .faults = faults, .to = to, .from = from, .size = size});
+}
+
+int uvas_mate_copied(void) {
+    uvas_mate_wait();
+    return job.rc;
+}
+
+void uvas_mate_drop(uintptr_t base, size_t size) {
+    uvas_mate_wait();
+    post(&(struct job){.kind = DROP, .to = base, .size = size});
+}
+
+void uvas_unshare(uintptr_t page) {
+    if (idle()) {
+        post(&(struct job){.kind = UNSHARE, .to = page, .size = uvas_vm_platform.page_size});
+    }
+}
+
+static void work(struct job *on) {
+    switch (on->kind) {
+    case COPY:
+        on->rc = uvas_copy_protected(on->faults, on->to, on->from, on->size);
+        break;
+    case DROP:
+        (void)uvas_vm_drop_surely(on->to, on->size);
+        break;
+    case UNSHARE:
+        (void)uvas_vm_populate(on->to, on->size, UVAS_WRITE);
+        break;
+    }
+}
+
+static bool comes_soon(void) {
+    for (uint32_t spins = 0; spins < SPINS && idle(); spins++) {
+        pause_a_moment();
+    }
+    return !idle();
+}
+
+static void *be_mate(void *nothing) {
+    for (;;) {
+        if (!comes_soon()) {
+            pthread_mutex_lock(&lock);
+            asleep = true;
+            while (!ending && atomic_load_explicit(&state, memory_order_seq_cst) == IDLE) {
+                pthread_cond_wait(&changed, &lock);
+            }
+            asleep = false;
+            bool end = ending;
+            pthread_mutex_unlock(&lock);
+            if (end && idle()) {
+                return nothing;
+            }
+        }
+        work(&job);
+        atomic_store_explicit(&state, IDLE, memory_order_release);
+    }
 }
 
 /* On its own stack, by write(2): whoever waits may hold the locks of stdio and malloc. */
@@ -89,8 +169,8 @@ static void *be_watchdog(void *nothing) {
 }
 
 int uvas_guard_start(void) {
-    ending = false;
-    wanted = 0;
+    ending = asleep = false;
+    atomic_store(&state, IDLE);
     int rc = uvas_thread_start(&mate, be_mate, NULL);
     if (rc == 0) {
         rc = uvas_thread_start(&watchdog, be_watchdog, NULL);

@@ -167,6 +167,8 @@ struct uvas_extent uvas_extent_from(struct uvas_mirror *mirror, uint32_t first, 
 /* The party may read, or write, all of it. 0, or -errno with every word true: -EBUSY: the host's pages are pinned or shared with a child of fork.
  * Room at the party has been made. Wakes nobody. */
 int uvas_move(const struct uvas_extent *run, uint32_t party, bool write);
+/* Bytes into memory that is watched, write-protected. A page that is there already has them: nobody else puts one there. 0 or -errno. */
+int uvas_copy_protected(int faults, uintptr_t to, const char *from, size_t size);
 uintptr_t uvas_move_stuck(void); /* the page for which the last move answered -EBUSY */
 /* A device's copies go; somebody else has them too, or nobody wants them. */
 int uvas_move_drop(const struct uvas_extent *run, uint32_t party);
@@ -252,7 +254,7 @@ void uvas_keep(const struct uvas_extent *run);
 void uvas_unpark(const struct uvas_mirror *mirror, const struct uvas_member *member);
 /* A process has ended: what it held comes home from now on. */
 void uvas_pager_died(struct uvas_member *member);
-/* Lets another thread end the sharing of a page with a child of fork, which here would be a fault that we serve. Forgotten if it is at work already. */
+/* guard.c: lets another thread end the sharing of a page with a child of fork, which here would be a fault that we serve. Forgotten if it is at work already. */
 void uvas_unshare(uintptr_t page);
 
 /* ---- requests.c: how other threads ask ---- */
