@@ -62,7 +62,9 @@ def main(control: Connection, setup: dict[str, Any]) -> None:
     except BrokenPipeError:  # closed before it was ready: nobody waits for it
         claims.close()
         return
-    threading.Thread(target=serve, args=(control, claims.verbs()), name="uvas-control", daemon=True).start()
+    threading.Thread(
+        target=serve, args=(control, claims.verbs(), claims.slow_verbs()), name="uvas-control", daemon=True
+    ).start()
     _call_functions(work, claims, main_module)
     claims.close()
 
@@ -96,10 +98,12 @@ class Claims:
 
     def verbs(self) -> dict[str, Any]:
         """Return what the control line can ask for."""
-        verbs = (
-            self.claim, self.unclaim, self.commit, self.decommit, self.protect, self.read, self.write, self.lend_faults,
-        )  # fmt: skip
+        verbs = (self.claim, self.unclaim, self.commit, self.decommit, self.protect, self.lend_faults)
         return {verb.__name__: verb for verb in verbs}
+
+    def slow_verbs(self) -> dict[str, Any]:
+        """Return those that touch memory, which may be elsewhere."""
+        return {"read": self.read, "write": self.write}
 
     @property
     def bases(self) -> dict[int, Reservation]:

@@ -134,8 +134,8 @@ static int put_back(uintptr_t to, uintptr_t from, size_t size) {
     return 0;
 }
 
-/* Moves pages, all of them or none. */
-static int take_pages(uintptr_t to, uintptr_t from, size_t size) {
+/* Moves pages, all of them or none; *lost: some are in neither place now. */
+static int take_pages(uintptr_t to, uintptr_t from, size_t size, bool *lost) {
     int tries = 0;
     for (size_t done = 0; done < size;) {
         long moved = move_some(to + done, from + done, size - done);
@@ -144,7 +144,8 @@ static int take_pages(uintptr_t to, uintptr_t from, size_t size) {
         }
         if (moved < 0) {
             our.stuck = moved == -EBUSY ? from + done : 0;
-            return put_back(from, to, done) < 0 ? -EIO : (int)moved;
+            *lost = put_back(from, to, done) < 0;
+            return (int)moved;
         }
         done += (size_t)moved;
     }
@@ -183,9 +184,10 @@ static int lost_in_staging(const struct uvas_extent *run) {
 }
 
 static int take(const struct uvas_extent *run, bool *copied) {
+    bool lost = false;
     *copied = false;
-    int rc = our.features & UVAS_FAULT_MOVES ? take_pages((uintptr_t)staged(run), uvas_extent_base(run), uvas_extent_bytes(run)) : -EINVAL;
-    if (rc == -EIO) {
+    int rc = our.features & UVAS_FAULT_MOVES ? take_pages((uintptr_t)staged(run), uvas_extent_base(run), uvas_extent_bytes(run), &lost) : -EINVAL;
+    if (lost) {
         return lost_in_staging(run);
     }
     if (rc == -EINVAL || (rc == -EBUSY && !(run->word & UVAS_MODIFIED))) { /* what nobody may write has no write in flight */
@@ -285,7 +287,7 @@ int uvas_copy_protected(int faults, uintptr_t to, const char *from, size_t size)
 /* Large copies are shared with the mate. */
 static int copy_in(const struct uvas_extent *run, uint32_t party, const char *from) {
     int faults = party == UVAS_HOST ? our.faults : member_of(run, party)->faults;
-    size_t size = uvas_extent_bytes(run), half = size < SHARED_COPY ? 0 : size / 2;
+    size_t size = uvas_extent_bytes(run), half = size < SHARED_COPY ? 0 : size / 2 & ~(uvas_vm_platform.page_size - 1);
     uintptr_t to = uvas_extent_base(run);
     if (half) {
         uvas_mate_copy(faults, to + size - half, from + size - half, half);
@@ -328,7 +330,7 @@ static int undo_fill(const struct uvas_extent *run, uint32_t party, const struct
     if (party == UVAS_HOST) {
         (void)uvas_vm_drop_surely(uvas_extent_base(run), uvas_extent_bytes(run));
     } else {
-        run->mirror->stores[party].stale |= uvas_vm_punch(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run)) < 0;
+        (void)uvas_vm_punch_surely(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
     }
     if (next->steps & UVAS_STEP_TAKE) {
         int back = give_back(run, copied);
@@ -390,7 +392,8 @@ static bool unreadable(const struct uvas_extent *run, uint32_t party) {
 static int lose(const struct uvas_extent *run) {
     for (uint32_t party = 1; party < UVAS_PARTIES; party++) {
         if (run->word >> party & 1) {
-            (void)punch(run, party);
+            (void)uvas_vm_punch_surely(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+            uvas_residency_went(member_of(run, party), run);
         }
     }
     uvas_publish(run, (run->word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED)) | UVAS_LOST);
