@@ -15,7 +15,6 @@ import os
 import pickle
 import select
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -33,6 +32,9 @@ Memory = Literal["private", "shared"]
 MEMORIES: tuple[Memory, ...] = ("private", "shared")
 HOST = -1
 """The host among parties; devices are 0, 1, ..."""
+
+stderr = 2
+"""Where the watchdog complains; set before output is captured."""
 
 PATIENCE_S = 30.0
 """How long anything may take that a test waits for."""
@@ -59,7 +61,7 @@ def watched(seconds: float = 2 * PATIENCE_S) -> Iterator[None]:
 
     A thread that waits in a fault which nobody answers may hold Python's lock, so that only a watchdog in C can tell.
     """
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=stderr)
     try:
         yield
     finally:

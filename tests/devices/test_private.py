@@ -90,7 +90,7 @@ def test_everything_is_a_multiple_of_the_granule(granule):
 def test_all_private_devices_of_a_space_have_one_granule():
     with private(granule=4 * KIB) as one, uvas.ProcessDevice(name="other", memory="private", granule=8 * KIB) as two:
         with uvas.AddressSpace([one]) as space:
-            with pytest.raises(uvas.NotSupportedError, match="own.*other|other.*own"):
+            with pytest.raises(uvas.NotSupportedError, match=r"own.*other|other.*own"):
                 space.attach(two)
             assert space.devices == (one,)
         with uvas.AddressSpace([two]) as space, space.reserve(PAGE) as held:
@@ -101,7 +101,7 @@ def test_shared_and_private_memory_do_not_go_together():
     with private() as one, uvas.ProcessDevice(name="shares") as two:
         for first, second in ((one, two), (two, one)):
             with uvas.AddressSpace([first]) as space:
-                with pytest.raises(uvas.NotSupportedError, match="own.*shares|shares.*own"):
+                with pytest.raises(uvas.NotSupportedError, match=r"own.*shares|shares.*own"):
                     space.attach(second)
                 assert space.devices == (first,)
 

@@ -6,7 +6,6 @@ this one.
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from machine import PAGE, libc, read_word, write_word
-from mirror import HOST, PATIENCE_S, Child, Mirror, in_thread, pages, words
+from mirror import HOST, PATIENCE_S, Child, Mirror, in_thread, pages, parts, words
 
 import uvas
 
@@ -270,18 +269,21 @@ def faults_of(moved: uvas.MovementStats) -> int:
 
 
 def test_the_host_takes_half_back_by_touching_it(mirror: Mirror) -> None:
-    """`migrate_fault`"""
+    """`migrate_fault`: every other granule, so that nothing is fetched ahead."""
     held = mirror.commit(8, seed=4)
-    half = uvas.Range(held.base, held.size // 2)
-    rest = uvas.Range(half.end, half.size)
+    every = parts(held, mirror.granule)
+    touched, rest = every[::2], every[1::2]
     mirror.migrate(held, 0)
-    mirror.fill(HOST, half.base, half.size, 500)
-    assert mirror.all_at(half, HOST)
-    assert mirror.all_at(rest, 0)
-    assert mirror.migrate(held, 0) == (pages(half) if mirror.private else 0)  # the mixture
-    assert mirror.differ(0, half.base, half.size, 500) == 0
-    assert mirror.differ(0, rest.base, rest.size, 4 + half.size // 8) == 0
-    assert mirror.differ(HOST, rest.base, rest.size, 4 + half.size // 8) == 0
+    for one in touched:
+        mirror.fill(HOST, one.base, one.size, 500)
+    assert all(mirror.all_at(one, HOST) for one in touched)
+    assert all(mirror.all_at(one, 0) for one in rest)
+    assert mirror.migrate(held, 0) == (pages(held) // 2 if mirror.private else 0)  # the mixture
+    assert mirror.all_at(held, 0)
+    for one in touched:
+        assert mirror.differ(0, one.base, one.size, 500) == 0
+    for one in rest:
+        assert mirror.differ(HOST, one.base, one.size, 4 + (one.base - held.base) // 8) == 0
 
 
 @pytest.mark.parametrize("way", ["detached", "closed", "detached and closed"])
@@ -490,9 +492,8 @@ def test_a_device_without_room_leaves_the_data_where_it_is(private, state: str) 
     seed = 3 if state == "data" else None
     if seed is not None:
         mirror.fill(HOST, held.base, held.size, seed)
-    with pytest.raises(uvas.OutOfMemoryError) as caught:
+    with pytest.raises(uvas.OutOfMemoryError):
         mirror.space.prefetch(held, mirror.devices[0])
-    assert caught.value.errno in (None, errno.ENOMEM)
     expected = bytes(held.size) if seed is None else words(seed, held.size)
     assert held.numpy(np.uint8).tobytes() == expected
     assert mirror.read(0, held.base, held.size) == expected  # by faults, in turns
