@@ -144,7 +144,7 @@ static struct {
     struct io_uring_sqe *sqes;
     struct io_uring_cqe *cqes;
     void *rings;
-    size_t rings_size;
+    size_t rings_size, sqes_size;
 } ring;
 
 /* Opens a ring that has the memory registered, which pins it; its descriptor or -errno. */
@@ -159,7 +159,8 @@ int64_t uring_open(void *address, uint64_t size)
     size_t complete = params.cq_off.cqes + params.cq_entries * sizeof(struct io_uring_cqe);
     ring.rings_size = submit > complete ? submit : complete;
     char *rings = ring.rings = mmap(0, ring.rings_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, IORING_OFF_SQ_RING);
-    ring.sqes = mmap(0, params.sq_entries * sizeof *ring.sqes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, IORING_OFF_SQES);
+    ring.sqes_size = params.sq_entries * sizeof *ring.sqes;
+    ring.sqes = mmap(0, ring.sqes_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, IORING_OFF_SQES);
     struct iovec buffer = {address, size};
     if (rings == MAP_FAILED || ring.sqes == MAP_FAILED || syscall(SYS_io_uring_register, fd, IORING_REGISTER_BUFFERS, &buffer, 1)) {
         int error = errno;
@@ -204,8 +205,10 @@ int64_t uring_wait(int64_t fd)
     return got;
 }
 
+/* Lets go of the memory: soon afterwards, as the kernel takes its time. */
 void uring_close(int64_t fd)
 {
+    munmap(ring.sqes, ring.sqes_size);
     munmap(ring.rings, ring.rings_size);
     close((int)fd);
 }
