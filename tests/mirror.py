@@ -100,7 +100,8 @@ class Mirror:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.clear()
+        if self.space.handle:  # a test may have ended it early
+            self.clear()
         self._stack.close()
 
     def clear(self) -> None:
