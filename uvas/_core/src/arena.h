@@ -38,11 +38,14 @@
 #include "slots.h"
 #include "uvas.h"
 
+#pragma GCC visibility push(hidden) /* said of each variable, so that it is found without a table */
+
 #define UVAS_SPAN ((size_t)2 << 20)           /* memory is committed and given back in such pieces, aligned */
 #define UVAS_SMALL_MAX ((size_t)256 << 10)    /* larger blocks are runs of their own */
 #define UVAS_CLASSES 96u                      /* 8 up to 128 bytes, then 8 for each doubling */
 #define UVAS_WORDS_MAX 64u                    /* of a slab's bitmap: 4,096 blocks, so that one word tells which words have free bits */
 #define UVAS_BINS 512u                        /* holes of so many pages and fewer have a list for each size */
+#define UVAS_KNOWN 16u /* free blocks that a bin knows without looking at bits */
 #define UVAS_KEPT_RUNS 16u                    /* by a heap */
 #define UVAS_KEPT_RUN_MAX ((size_t)4 << 20)   /* bytes of the largest of them */
 #define UVAS_KEPT_MAX ((size_t)16 << 20)      /* bytes of all of them */
@@ -98,6 +101,7 @@ struct uvas_run { /* the first cache line is what those read who allocate and fr
             _Atomic uint32_t collects; /* odd while the owner takes in what others freed. The owner's; read by anyone */
             _Atomic uint32_t pending;  /* 1: it is in some heap's stack, or about to be. Never reset but by who takes it off */
             uint16_t words, remote_at; /* fixed for this piece of metadata */
+            uint32_t bin_at; /* the bytes of a heap before its bin. The owner's */
         };
     };
     void *link; /* metadata.c's */
@@ -131,11 +135,10 @@ struct uvas_slab { /* the second line is seldom used, the third is the owner's, 
     struct uvas_slab *pending_next; /* of who set pending */
     uint32_t class; /* from here on the owner's */
     bool clean;     /* its pages were zero when it was made */
-    _Alignas(64) uint64_t summary; /* which words have free bits */
-    uint64_t counts; /* low 16 bits: blocks that are live, or freed by others and not yet collected; above: blocks allocated in it, ever */
+    _Alignas(64) uint64_t summary; /* which words have free bits that the bin does not know, or had when somebody looked last */
+    uint64_t counts; /* low 15 bits: blocks that are live, or freed by others and not yet collected; UNLISTED; above: blocks allocated in it, ever */
     struct uvas_slab *next, *previous;
-    uint32_t high; /* no block from this index on was ever handed out */
-    bool listed;   /* in its bin's list of those with free blocks; otherwise in the other */
+    uint32_t high; /* no block from this index on was ever known to a bin */
     _Atomic uint64_t bits[]; /* `words` of free blocks (1: free), written by the owner only; on other lines as many of blocks freed by others */
 };
 
@@ -144,8 +147,9 @@ static inline size_t uvas_slab_remote_at(size_t words) {
     return (offsetof(struct uvas_slab, bits) + words * sizeof(uint64_t) + 63) / 64 * 8 - offsetof(struct uvas_slab, bits) / sizeof(uint64_t);
 }
 
-#define UVAS_SLAB_USED UINT64_C(0xffff) /* of counts */
-#define UVAS_SLAB_ONE (UVAS_SLAB_USED + 2) /* one block more in use, and one more ever */
+#define UVAS_SLAB_USED UINT64_C(0x7fff)     /* of counts */
+#define UVAS_SLAB_UNLISTED UINT64_C(0x8000) /* not in its bin's list of those with free blocks, but in the other */
+#define UVAS_SLAB_EVER UINT64_C(0x10000)
 
 /* ---- holes.c: under the lock -------------------------------------------------------------------------------------------------------------- */
 
@@ -210,8 +214,20 @@ static inline size_t uvas_span_index(const struct uvas_region *region, uintptr_t
 
 /* ---- arenas -------------------------------------------------------------------------------------------------------------------------------------- */
 
+struct uvas_known { /* a free block of a slab */
+    uintptr_t address; /* and FRESH: it was never handed out, and its pages were zero */
+    struct uvas_slab *slab;
+    size_t index;
+};
+
+#define UVAS_KNOWN_FRESH ((uintptr_t)1)
+
 struct uvas_bin { /* slabs of one class that a heap owns */
-    struct uvas_slab *free; /* with free blocks; blocks are taken from the first */
+    size_t knows;
+    /* Free blocks, the last of which is the next to be handed out: those freed last, or the lowest of a slab. They are free by their bits too, and
+     * whoever takes slabs away from the heap makes it forget them. */
+    struct uvas_known known[UVAS_KNOWN];
+    struct uvas_slab *free; /* with free blocks, or some that are full by now */
     struct uvas_slab *full;
 };
 
@@ -220,19 +236,20 @@ struct uvas_bin { /* slabs of one class that a heap owns */
 enum { UVAS_DOOR_OPEN = 0, UVAS_DOOR_AJAR = 1, UVAS_DOOR_SHUT = 2 };
 
 struct uvas_heap {
-    void *link; /* metadata.c's */
     /* The door. `inside`: written by the owner only, 1 while it works in here. `shut`: written under the arena's door by who shuts it.
      * Each side writes its word, then reads the other's; which needs a full barrier between, and that is the other side's (membarrier). */
     _Atomic uint32_t inside;
     _Atomic uint32_t shut; /* UVAS_DOOR_... */
     _Atomic uvas_id arena_id; /* UVAS_NO_ARENA: of none now. Changed by the owner, or with the door shut */
-    struct uvas_arena *arena;
     /* Where the last block that this thread freed lay: base, bytes and map of that region. The owner's */
     uintptr_t near_base;
     size_t near_bytes;
     _Atomic(struct uvas_run *) *near_map;
+    uint32_t near_shift; /* uvas_page_shift */
     uint32_t bare;     /* 1 or 0 */
     uint32_t hardened; /* GUARD and POISON of the arena's flags: then its door is never open, only ajar, and every way is a slower one */
+    struct uvas_arena *arena;
+    void *link; /* metadata.c's */
     _Atomic(struct uvas_slab *) pending; /* slabs in which others freed blocks: pushed by anyone, taken whole by the owner */
     struct uvas_heap *next, *previous;   /* in the arena's list; under its door, as is the next */
     bool idle; /* its thread has ended */
@@ -346,6 +363,7 @@ static inline size_t uvas_page(void) {
 /* The calling thread's heap in an arena, made at its first use; NULL with *rc: the arena is dead, which is said; there is no memory, which is said if
  * it may wait; -EAGAIN. */
 struct uvas_heap *uvas_heap_of(uvas_id arena, bool may_wait, int *rc);
+int uvas_heap_go_in(struct uvas_heap *heap, uvas_id id, bool wait); /* 0; -EAGAIN: who may not wait would have to; -ESTALE: the arena is dead, which is said */
 void uvas_heap_wait_at_door(struct uvas_heap *heap);
 void uvas_doors_shut(struct uvas_arena *arena); /* every thread is outside, and stays there */
 void uvas_doors_open(struct uvas_arena *arena);
@@ -417,6 +435,19 @@ void uvas_heap_gather(struct uvas_heap *heap);
 void uvas_heap_sweep(struct uvas_heap *heap);
 /* An orphan with a free block of the class, now the heap's; false: there is none. Under lock. */
 bool uvas_slab_find_orphan(struct uvas_heap *heap, uint32_t class);
+static inline bool uvas_slab_has_room(const struct uvas_slab *slab) {
+    return (slab->counts & UVAS_SLAB_USED) < atomic_load_explicit(&slab->run.count, memory_order_relaxed);
+}
+
+static inline struct uvas_bin *uvas_slab_bin(struct uvas_heap *heap, const struct uvas_slab *slab) {
+    return (struct uvas_bin *)(void *)((char *)heap + slab->run.bin_at);
+}
+
+/* The first slab in a bin's list that has a free block, NULL if none does; those before it go to the other list. */
+struct uvas_slab *uvas_bin_slab(struct uvas_bin *bin);
+void uvas_bin_learn(struct uvas_bin *bin, struct uvas_slab *slab); /* the lowest free blocks of a slab with room, where it knows none */
+void uvas_bin_forget(struct uvas_bin *bin);
+
 /* After the last block in use of a slab was freed, or the first of a full one. */
 __attribute__((noinline)) void uvas_slab_changed(struct uvas_heap *heap, struct uvas_slab *slab);
 void uvas_slab_count(struct uvas_arena *arena, struct uvas_slab *slab); /* what was allocated in it goes to the arena's counters. Under lock */
@@ -474,5 +505,7 @@ struct uvas_arena *uvas_arena_inherited(uvas_id id);
 void uvas_arenas_before_fork(void);
 void uvas_arenas_after_fork_in_parent(void);
 void uvas_arenas_after_fork_in_child(void);
+
+#pragma GCC visibility pop
 
 #endif

@@ -160,8 +160,8 @@ static int check_slab(const struct uvas_arena *arena, struct uvas_slab *slab) {
     uintptr_t base = uvas_run_base(&slab->run);
     for (uint32_t word = 0; word < slab->run.words; word++) {
         uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed);
-        if ((slab->summary >> word & 1) != (bits != 0)) {
-            BROKEN("arena %s: the slab at 0x%lx says that word %u has %s free block", arena->name, base, word, bits ? "no" : "a");
+        if (bits && !(slab->summary >> word & 1)) {
+            BROKEN("arena %s: the slab at 0x%lx says that word %u has no free block", arena->name, base, word);
         }
         free += (uint32_t)__builtin_popcountll(bits);
     }
@@ -170,7 +170,7 @@ static int check_slab(const struct uvas_arena *arena, struct uvas_slab *slab) {
                (uint32_t)(slab->counts & UVAS_SLAB_USED), count, free);
     }
     const struct uvas_heap *owner = atomic_load_explicit(&slab->run.owner, memory_order_relaxed);
-    const struct uvas_slab *listed = owner ? slab->listed ? owner->bins[slab->class].free : owner->bins[slab->class].full : NULL;
+    const struct uvas_slab *listed = owner ? slab->counts & UVAS_SLAB_UNLISTED ? owner->bins[slab->class].full : owner->bins[slab->class].free : NULL;
     while (listed && listed != slab) {
         listed = listed->next;
     }

@@ -85,11 +85,48 @@ static void list_second(struct uvas_slab **list, struct uvas_slab *slab) {
     (*list)->next = slab;
 }
 
+/* ---- what a bin knows ----------------------------------------------------------------------------------------------------------------------- */
+
+struct uvas_slab *uvas_bin_slab(struct uvas_bin *bin) {
+    while (bin->free && !uvas_slab_has_room(bin->free)) {
+        struct uvas_slab *slab = bin->free;
+        uvas_slab_unlist(&bin->free, slab);
+        uvas_slab_list(&bin->full, slab);
+        slab->counts |= UVAS_SLAB_UNLISTED;
+    }
+    return bin->free;
+}
+
+void uvas_bin_learn(struct uvas_bin *bin, struct uvas_slab *slab) {
+    size_t count = atomic_load_explicit(&slab->run.count, memory_order_relaxed), left = count - (slab->counts & UVAS_SLAB_USED);
+    uintptr_t base = uvas_run_base(&slab->run), block = atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed);
+    assert(bin->knows == 0 && left > 0 && slab->summary);
+    bin->knows = left = left < UVAS_KNOWN ? left : UVAS_KNOWN;
+    while (left > 0) {
+        size_t word = (size_t)__builtin_ctzll(slab->summary), index = 0;
+        uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed);
+        for (; bits && left > 0; bits &= bits - 1) {
+            index = 64 * word + (size_t)__builtin_ctzll(bits);
+            bin->known[--left] = (struct uvas_known){base + index * block + (slab->clean && index >= slab->high), slab, index};
+        }
+        slab->summary &= bits ? ~UINT64_C(0) : slab->summary - 1;
+        slab->high = index < slab->high ? slab->high : (uint32_t)index + 1;
+    }
+}
+
+void uvas_bin_forget(struct uvas_bin *bin) {
+    while (bin->knows > 0) {
+        const struct uvas_known *known = &bin->known[--bin->knows];
+        known->slab->summary |= UINT64_C(1) << known->index / 64;
+    }
+}
+
 /* ---- beginning and end ----------------------------------------------------------------------------------------------------------------------- */
 
 static void lay_out(struct uvas_slab *slab, uint32_t class, size_t bytes, size_t count, bool touched) {
     size_t block_bytes = uvas_class_bytes(class);
     slab->class = class;
+    slab->run.bin_at = (uint32_t)(offsetof(struct uvas_heap, bins) + class * sizeof(struct uvas_bin));
     slab->counts = slab->high = 0;
     slab->clean = !touched;
     atomic_store_explicit(&slab->run.block_bytes, (uint32_t)block_bytes, memory_order_relaxed);
@@ -138,22 +175,23 @@ int uvas_slab_make(struct uvas_arena *arena, uvas_id id, uint32_t class, enum uv
 
 void uvas_slab_adopt(struct uvas_heap *heap, struct uvas_slab *slab) {
     atomic_store_explicit(&slab->run.owner, heap, memory_order_release);
-    slab->listed = true;
+    slab->counts &= ~UVAS_SLAB_UNLISTED;
     uvas_slab_list(&heap->bins[slab->class].free, slab);
     atomic_store_explicit(&slab->run.state, UVAS_RUN_SLAB, memory_order_release);
 }
 
 void uvas_slab_count(struct uvas_arena *arena, struct uvas_slab *slab) {
-    uint64_t blocks = slab->counts / (UVAS_SLAB_USED + 1);
+    uint64_t blocks = slab->counts / UVAS_SLAB_EVER;
     arena->ended_blocks += blocks;
     arena->ended_bytes += blocks * uvas_class_bytes(slab->class);
-    slab->counts &= UVAS_SLAB_USED;
+    slab->counts %= UVAS_SLAB_EVER;
 }
 
 void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab) {
     assert((slab->counts & UVAS_SLAB_USED) == 0);
     uvas_slab_count(arena, slab);
     struct uvas_run *hole = slab->run.spare;
+    atomic_store_explicit(&slab->run.owner, &arena->orphans, memory_order_release); /* no thread's: so a heap that is the owner knows that it is a slab */
     (void)uvas_pages_give(arena, &slab->run, hole);
     uvas_metadata_give(uvas_slab_kind(atomic_load_explicit(&slab->run.count, memory_order_relaxed)), slab);
 }
@@ -161,13 +199,14 @@ void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab) {
 /* A block of it has come back: it is where blocks are taken from. true: it is empty, and not needed; it is in no list any more. */
 static bool relist(struct uvas_heap *heap, struct uvas_slab *slab) {
     struct uvas_bin *bin = &heap->bins[slab->class];
-    if (!slab->listed) {
+    if (slab->counts & UVAS_SLAB_UNLISTED) {
         uvas_slab_unlist(&bin->full, slab);
         list_second(&bin->free, slab);
-        slab->listed = true;
+        slab->counts &= ~UVAS_SLAB_UNLISTED;
     }
     if (!(slab->counts & UVAS_SLAB_USED) && (bin->free != slab || slab->next)) { /* an empty one is kept only where there is no other */
         uvas_slab_unlist(&bin->free, slab);
+        uvas_bin_forget(bin); /* some of them are in it, perhaps */
         return true;
     }
     return false;
