@@ -344,7 +344,6 @@ struct uvas_arena_stats {
     uint64_t metadata_bytes; /* the arena's own bookkeeping, all of it */
     uint64_t threads; /* that keep something */
     uint64_t regions; /* reservations */
-    uint64_t late_frees; /* double frees that raced with the first one, found afterwards */
 };
 
 struct uvas_allocation { /* a live block */
@@ -371,8 +370,8 @@ UVAS_API int uvas_alloc_try(uvas_id arena, size_t size, size_t align, uintptr_t 
 /* The block with another size, in place where it can be, else moved (contents copied up to the smaller size). On failure it is as it was. */
 UVAS_API int uvas_realloc(uvas_id arena, uintptr_t address, size_t size, uintptr_t *out);
 /* -EINVAL, and nothing happens, where `address` is not the base of a live block of this arena: freed already, or never allocated. (Two frees of one
- * block at the very same time: one of them answers -EINVAL, or late_frees counts it; the arena stays whole. What cannot be told is a second free that
- * comes when the block has been handed out again.) In a forked child the blocks of the parent's arenas are left alone, and the answer is 0. */
+ * block at the very same time: one of them answers -EINVAL, or both 0 where one is by the thread that allocated it; the block is free once. What cannot
+ * be told is a second free that comes when the block has been handed out again.) In a forked child the blocks of the parent's arenas are left alone, and the answer is 0. */
 UVAS_API int uvas_free(uvas_id arena, uintptr_t address);
 /* As uvas_free, under the conditions of uvas_alloc_try. */
 UVAS_API int uvas_free_try(uvas_id arena, uintptr_t address);

@@ -12,8 +12,7 @@
 QUICK uintptr_t take(struct uvas_bin *bin, bool *fresh) {
     const struct uvas_known *known = &bin->known[--bin->knows];
     struct uvas_slab *slab = known->slab;
-    _Atomic uint64_t *word = &uvas_slab_free(slab)[known->index / 64];
-    atomic_store_explicit(word, atomic_load_explicit(word, memory_order_relaxed) & ~(UINT64_C(1) << known->index % 64), memory_order_relaxed);
+    atomic_store_explicit(&slab->blocks[known->index], UVAS_BLOCK_LIVE, memory_order_relaxed);
     slab->counts += UVAS_SLAB_EVER + 1;
     *fresh = known->address & UVAS_KNOWN_FRESH;
     return known->address & ~UVAS_KNOWN_FRESH;

@@ -17,14 +17,15 @@
  *
  * The theory. A *region* is one reservation. Its pages are divided into *runs*: a hole, a large block, or a *slab*, which holds blocks of one size.
  * Each thread has a *heap* in each arena that it uses: slabs that it owns, and a few runs that it freed lately. Only the owner takes blocks from a
- * slab and only the owner puts them back; whoever else frees a block sets its bit in the slab's second bitmap, and the owner collects.
+ * slab and only the owner puts them back; whoever else frees a block marks it, and the owner collects.
  *
  * Nothing of this lies in the memory that it describes.
  *
  * Who may touch what:
  *   a heap and the slabs that it owns   its thread, *inside* (heap.c), or anybody who has shut the arena's doors
  *   holes, runs, regions, counters      under arena->lock, which is never held over a system call (but fork), a callback or a touch of a block
- *   a slab's remote bits, its pending   anyone, atomically
+ *   the state of a slab's block         free to live and back: the owner; live to freed: anyone, by a compare-and-swap; freed to free: the owner
+ *   a slab's pending, a heap's stack    anyone, atomically
  *   the map from pages to runs          written under arena->lock, read by anyone at any time
  * Order of locks: door, then lock, then metadata's. A thread that is inside may take the lock and never the door.
  */
@@ -43,7 +44,7 @@
 #define UVAS_SPAN ((size_t)2 << 20)           /* memory is committed and given back in such pieces, aligned */
 #define UVAS_SMALL_MAX ((size_t)256 << 10)    /* larger blocks are runs of their own */
 #define UVAS_CLASSES 96u                      /* 8 up to 128 bytes, then 8 for each doubling */
-#define UVAS_WORDS_MAX 64u                    /* of a slab's bitmap: 4,096 blocks, so that one word tells which words have free bits */
+#define UVAS_GROUP ((size_t)64)               /* blocks of a slab; it has at most as many groups, so that one word tells which have free blocks */
 #define UVAS_BINS 512u                        /* holes of so many pages and fewer have a list for each size */
 #define UVAS_KNOWN 16u /* free blocks that a bin knows without looking at bits */
 #define UVAS_KEPT_RUNS 16u                    /* by a heap */
@@ -59,7 +60,7 @@ enum uvas_metadata_kind {
     UVAS_METADATA_RUN,
     UVAS_METADATA_HEAP,
     UVAS_METADATA_ARENA,
-    UVAS_METADATA_SLAB, /* with one word; from here on each has twice as many as the one before */
+    UVAS_METADATA_SLAB, /* with one group of blocks; from here on each has twice as many as the one before */
     UVAS_METADATA_KINDS = UVAS_METADATA_SLAB + 7,
 };
 
@@ -98,10 +99,9 @@ struct uvas_run { /* the first cache line is what those read who allocate and fr
             _Atomic uint64_t reciprocal;       /* 2^40 / block_bytes, rounded up; fixed while it is a slab, as are the next two; read by anyone */
             _Atomic uint32_t block_bytes;
             _Atomic uint32_t count;
-            _Atomic uint32_t collects; /* odd while the owner takes in what others freed. The owner's; read by anyone */
             _Atomic uint32_t pending;  /* 1: it is in some heap's stack, or about to be. Never reset but by who takes it off */
-            uint16_t words, remote_at; /* fixed for this piece of metadata */
             uint32_t bin_at; /* the bytes of a heap before its bin. The owner's */
+            uint32_t groups; /* fixed for this piece of metadata */
         };
     };
     void *link; /* metadata.c's */
@@ -130,21 +130,37 @@ static inline uint32_t uvas_run_state(const struct uvas_run *run) {
     return atomic_load_explicit(&run->state, memory_order_acquire);
 }
 
-struct uvas_slab { /* the second line is seldom used, the third is the owner's, with the first of the bits: blocks are taken from the low end */
+enum uvas_block_state { UVAS_BLOCK_LIVE = 0, UVAS_BLOCK_FREE = 1, UVAS_BLOCK_FREED = 2 /* by another than the owner, and not yet collected */ };
+
+struct uvas_slab { /* the second line is seldom used, the third is the owner's */
     struct uvas_run run; /* first: the map points to either */
     struct uvas_slab *pending_next; /* of who set pending */
     uint32_t class; /* from here on the owner's */
     bool clean;     /* its pages were zero when it was made */
-    _Alignas(64) uint64_t summary; /* which words have free bits that the bin does not know, or had when somebody looked last */
+    _Alignas(64) uint64_t summary; /* which groups have free blocks that the bin does not know, or had when somebody looked last */
     uint64_t counts; /* low 15 bits: blocks that are live, or freed by others and not yet collected; UNLISTED; above: blocks allocated in it, ever */
     struct uvas_slab *next, *previous;
     uint32_t high; /* no block from this index on was ever known to a bin */
-    _Atomic uint64_t bits[]; /* `words` of free blocks (1: free), written by the owner only; on other lines as many of blocks freed by others */
+    _Alignas(64) _Atomic unsigned char blocks[]; /* enum uvas_block_state of each */
 };
 
-/* Words of bits before those of blocks freed by others: so many that these begin a cache line. */
-static inline size_t uvas_slab_remote_at(size_t words) {
-    return (offsetof(struct uvas_slab, bits) + words * sizeof(uint64_t) + 63) / 64 * 8 - offsetof(struct uvas_slab, bits) / sizeof(uint64_t);
+typedef uint64_t __attribute__((may_alias)) uvas_eight;
+
+#define UVAS_EIGHT_ONES UINT64_C(0x0101010101010101)
+
+/* Of eight blocks: a 1 in the byte of each that is in `state`, FREE or FREED. Acquires. */
+static inline uint64_t uvas_slab_eight(const struct uvas_slab *slab, size_t eight, enum uvas_block_state state) {
+    uint64_t states = __atomic_load_n((const uvas_eight *)(const void *)&slab->blocks[8 * eight], __ATOMIC_ACQUIRE);
+    return states >> (state - UVAS_BLOCK_FREE) & UVAS_EIGHT_ONES;
+}
+
+/* The first of them, and how many they are. */
+static inline size_t uvas_eight_first(uint64_t ones) {
+    return (size_t)__builtin_ctzll(ones) / 8;
+}
+
+static inline uint32_t uvas_eight_count(uint64_t ones) {
+    return (uint32_t)(ones * UVAS_EIGHT_ONES >> 56);
 }
 
 #define UVAS_SLAB_USED UINT64_C(0x7fff)     /* of counts */
@@ -254,7 +270,6 @@ struct uvas_heap {
     struct uvas_heap *next, *previous;   /* in the arena's list; under its door, as is the next */
     bool idle; /* its thread has ended */
     uint64_t large_blocks, large_bytes;  /* allocated, ever */
-    uint64_t late_frees;
     size_t kept_bytes;
     uint32_t visits; /* of slower ways */
     bool due; /* some memory has been idle for long, and who noticed might not wait */
@@ -289,7 +304,7 @@ struct uvas_arena {
     bool emptying; /* one thread has slabs rest; under lock */
     uint32_t giving; /* threads that give memory back, which need no block to be here; under lock. close waits for them */
     size_t used_bytes, peak_bytes, committed_bytes, reserved_bytes;
-    uint64_t ended_blocks, ended_bytes, ended_late; /* what heaps that are gone had counted */
+    uint64_t ended_blocks, ended_bytes; /* what heaps that are gone had counted */
     struct uvas_arena *next, *previous; /* in the list of all, or, in a forked child, of the parent's */
 };
 
@@ -454,15 +469,7 @@ void uvas_slab_count(struct uvas_arena *arena, struct uvas_slab *slab); /* what 
 void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab); /* empty, in no list: its pages become a hole. Under lock */
 void uvas_slab_list(struct uvas_slab **list, struct uvas_slab *slab);
 void uvas_slab_unlist(struct uvas_slab **list, struct uvas_slab *slab);
-void uvas_slab_notify(struct uvas_slab *slab); /* after a remote bit was set */
-
-static inline _Atomic uint64_t *uvas_slab_free(struct uvas_slab *slab) {
-    return slab->bits;
-}
-
-static inline _Atomic uint64_t *uvas_slab_remote(struct uvas_slab *slab) {
-    return slab->bits + slab->run.remote_at;
-}
+void uvas_slab_notify(struct uvas_slab *slab); /* after a block was marked as freed */
 
 /* -- find.c: by anyone; true if it was so while the call ran -- */
 

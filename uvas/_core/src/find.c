@@ -19,12 +19,10 @@ struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t 
 static bool slab_block(struct uvas_slab *slab, uintptr_t address, uintptr_t *base, size_t *bytes) {
     uintptr_t start = uvas_run_base(&slab->run);
     size_t index = uvas_slab_index(slab, address - start), size = atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed);
-    if (index >= atomic_load_explicit(&slab->run.count, memory_order_relaxed) || index / 64 >= slab->run.words) {
+    if (index >= atomic_load_explicit(&slab->run.count, memory_order_relaxed) || index / UVAS_GROUP >= slab->run.groups) {
         return false;
     }
-    uint64_t bit = UINT64_C(1) << index % 64;
-    if ((atomic_load_explicit(&uvas_slab_remote(slab)[index / 64], memory_order_acquire) |
-         atomic_load_explicit(&uvas_slab_free(slab)[index / 64], memory_order_acquire)) & bit) {
+    if (atomic_load_explicit(&slab->blocks[index], memory_order_acquire) != UVAS_BLOCK_LIVE) {
         return false;
     }
     *base = start + index * size;

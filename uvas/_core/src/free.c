@@ -6,38 +6,32 @@
 #include "failure.h"
 
 #define POISON 0xdf
-#define LOOKS 1000u /* at a slab whose owner is collecting, which takes as long as a few of them */
 
 enum { CHANGED = UVAS_WANTS_OUTSIDE + 1 }; /* an answer: the slab is to go to another list */
 
 /* ---- by the owner: inside ------------------------------------------------------------------------------------------------------------------------- */
 
-/* Of blocks that others freed in the slab, and the owner has not collected. */
-static bool freed_by_another(struct uvas_slab *slab, size_t index) {
-    return atomic_load_explicit(&uvas_slab_remote(slab)[index / 64], memory_order_acquire) >> index % 64 & 1;
+/* Where in a slab a block of that address would be; its count where none can. */
+QUICK size_t index_of(const struct uvas_slab *slab, uintptr_t address) {
+    size_t offset = address - uvas_run_base(&slab->run), index = uvas_slab_index(slab, offset);
+    size_t count = atomic_load_explicit(&slab->run.count, memory_order_relaxed);
+    bool base = index < count && index * atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed) == offset;
+    return LIKELY(base) ? index : count; /* also where the slab is elsewhere now */
 }
 
-/* 0, CHANGED, or -EINVAL: it is not the base of a live block. `quick`: or others have freed blocks in the slab. */
-QUICK int give_back(struct uvas_heap *heap, struct uvas_slab *slab, uintptr_t address, bool quick) {
-    size_t offset = address - uvas_run_base(&slab->run), index = uvas_slab_index(slab, offset);
+/* 0, CHANGED, or -EINVAL: it is not the base of a live block. */
+QUICK int give_back(struct uvas_heap *heap, struct uvas_slab *slab, uintptr_t address) {
+    size_t index = index_of(slab, address);
     if (!LIKELY(index < atomic_load_explicit(&slab->run.count, memory_order_relaxed) &&
-                index * atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed) == offset)) {
-        return -EINVAL; /* also where the slab is elsewhere now */
-    }
-    if (!LIKELY(!atomic_load_explicit(&slab->run.pending, memory_order_acquire)) && (quick || freed_by_another(slab, index))) {
-        return -EINVAL; /* where nothing is pending all that others have freed has been collected */
-    }
-    _Atomic uint64_t *word = &uvas_slab_free(slab)[index / 64];
-    uint64_t bit = UINT64_C(1) << index % 64, bits = atomic_load_explicit(word, memory_order_relaxed);
-    if (!LIKELY(!(bits & bit))) {
+                atomic_load_explicit(&slab->blocks[index], memory_order_relaxed) == UVAS_BLOCK_LIVE)) {
         return -EINVAL;
     }
-    atomic_store_explicit(word, bits | bit, memory_order_release);
+    atomic_store_explicit(&slab->blocks[index], UVAS_BLOCK_FREE, memory_order_release);
     struct uvas_bin *bin = uvas_slab_bin(heap, slab);
     if (LIKELY(bin->knows < UVAS_KNOWN)) {
         bin->known[bin->knows++] = (struct uvas_known){address, slab, index};
     } else {
-        slab->summary |= UINT64_C(1) << index / 64;
+        slab->summary |= UINT64_C(1) << index / UVAS_GROUP;
     }
     uint64_t counts = --slab->counts;
     return LIKELY((int16_t)counts > 0 || ((int16_t)counts == 0 && !slab->next && !slab->previous)) ? 0 : CHANGED;
@@ -45,33 +39,13 @@ QUICK int give_back(struct uvas_heap *heap, struct uvas_slab *slab, uintptr_t ad
 
 /* ---- by others --------------------------------------------------------------------------------------------------------------------------------------- */
 
-/* The block is free after our bit was set: its owner has collected the bit, or has freed the block at the same time. Then the bit stays on a block that is
- * free, and is taken back here. While the owner is collecting, both bits say nothing. */
-SLOW static bool freed_twice(struct uvas_slab *slab, _Atomic uint64_t *free, _Atomic uint64_t *remote, uint64_t bit) {
-    for (uint32_t tries = 0; tries < LOOKS; tries++) {
-        uint32_t collects = atomic_load(&slab->run.collects);
-        if (!(atomic_load(free) & atomic_load(remote) & bit)) {
-            return false;
-        }
-        if (!(collects & 1) && atomic_load(&slab->run.collects) == collects) {
-            (void)atomic_fetch_and(remote, ~bit);
-            return true;
-        }
-    }
-    return false; /* the owner sleeps in the middle: it will find the bit, and count it */
-}
-
 /* By a thread that does not own the slab. */
-SLOW static int free_remote(struct uvas_slab *slab, size_t index) {
-    uint64_t bit = UINT64_C(1) << index % 64;
-    _Atomic uint64_t *remote = &uvas_slab_remote(slab)[index / 64], *free = &uvas_slab_free(slab)[index / 64];
-    /* In this order, the opposite of the owner's when it collects: an earlier free is in the one or in the other at each moment. */
-    uint64_t freed = atomic_load(remote);
-    freed |= atomic_load(free);
-    if (freed & bit || atomic_fetch_or(remote, bit) & bit) {
-        return -EINVAL;
-    }
-    if (!LIKELY(!(atomic_load(free) & bit)) && freed_twice(slab, free, remote, bit)) {
+static int free_remote(struct uvas_slab *slab, uintptr_t address) {
+    size_t index = index_of(slab, address);
+    unsigned char live = UVAS_BLOCK_LIVE;
+    if (index == atomic_load_explicit(&slab->run.count, memory_order_relaxed) || index / UVAS_GROUP >= slab->run.groups ||
+        atomic_load_explicit(&slab->blocks[index], memory_order_relaxed) != UVAS_BLOCK_LIVE ||
+        !atomic_compare_exchange_strong(&slab->blocks[index], &live, UVAS_BLOCK_FREED)) {
         return -EINVAL;
     }
     uvas_slab_notify(slab);
@@ -80,12 +54,9 @@ SLOW static int free_remote(struct uvas_slab *slab, size_t index) {
 
 static int free_small(struct uvas_heap *heap, struct uvas_slab *slab, uintptr_t address) {
     if (atomic_load_explicit(&slab->run.owner, memory_order_relaxed) != heap) {
-        size_t offset = address - uvas_run_base(&slab->run), index = uvas_slab_index(slab, offset);
-        bool base = index < atomic_load_explicit(&slab->run.count, memory_order_relaxed) &&
-                    index * atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed) == offset;
-        return base ? free_remote(slab, index) : -EINVAL;
+        return free_remote(slab, address);
     }
-    int rc = give_back(heap, slab, address, false);
+    int rc = give_back(heap, slab, address);
     if (rc == CHANGED) {
         uvas_slab_changed(heap, slab);
     }
@@ -206,7 +177,7 @@ QUICK int free_block(uvas_id id, uintptr_t address, bool wait) {
     if (LIKELY(offset < heap->near_bytes)) {
         struct uvas_run *run = atomic_load_explicit(&heap->near_map[offset >> heap->near_shift], memory_order_acquire);
         if (LIKELY(run && atomic_load_explicit(&run->owner, memory_order_relaxed) == heap)) { /* so it is a slab */
-            int rc = give_back(heap, (struct uvas_slab *)run, address, true);
+            int rc = give_back(heap, (struct uvas_slab *)run, address);
             if (LIKELY(rc == 0)) {
                 uvas_heap_leave(heap);
                 return 0;

@@ -199,8 +199,7 @@ void uvas_heap_count(struct uvas_heap *heap) {
     struct uvas_arena *arena = heap->arena;
     arena->ended_blocks += heap->large_blocks;
     arena->ended_bytes += heap->large_bytes;
-    arena->ended_late += heap->late_frees;
-    heap->large_blocks = heap->large_bytes = heap->late_frees = 0;
+    heap->large_blocks = heap->large_bytes = 0;
 }
 
 /* The thread ends: what it keeps goes to the arena, unless that was closed meanwhile. */
