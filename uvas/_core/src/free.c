@@ -11,19 +11,18 @@ enum { CHANGED = UVAS_WANTS_OUTSIDE + 1 }; /* an answer: the slab is to go to an
 
 /* ---- by the owner: inside ------------------------------------------------------------------------------------------------------------------------- */
 
-/* Where in a slab a block of that address would be; its count where none can. */
-QUICK size_t index_of(const struct uvas_slab *slab, uintptr_t address) {
-    size_t offset = address - uvas_run_base(&slab->run), index = uvas_slab_index(slab, offset);
-    size_t count = atomic_load_explicit(&slab->run.count, memory_order_relaxed);
-    bool base = index < count && index * atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed) == offset;
-    return LIKELY(base) ? index : count; /* also where the slab is elsewhere now */
+/* Whether a block of the slab begins there. false also where the slab is elsewhere now. */
+QUICK bool begins(const struct uvas_slab *slab, uintptr_t address, size_t *index) {
+    size_t offset = address - uvas_run_base(&slab->run);
+    *index = uvas_slab_index(slab, offset);
+    return *index < atomic_load_explicit(&slab->run.count, memory_order_relaxed) &&
+           *index * atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed) == offset;
 }
 
 /* 0, CHANGED, or -EINVAL: it is not the base of a live block. */
 QUICK int give_back(struct uvas_heap *heap, struct uvas_slab *slab, uintptr_t address) {
-    size_t index = index_of(slab, address);
-    if (!LIKELY(index < atomic_load_explicit(&slab->run.count, memory_order_relaxed) &&
-                atomic_load_explicit(&slab->blocks[index], memory_order_relaxed) == UVAS_BLOCK_LIVE)) {
+    size_t index;
+    if (!LIKELY(begins(slab, address, &index) && atomic_load_explicit(&slab->blocks[index], memory_order_relaxed) == UVAS_BLOCK_LIVE)) {
         return -EINVAL;
     }
     atomic_store_explicit(&slab->blocks[index], UVAS_BLOCK_FREE, memory_order_release);
@@ -41,9 +40,9 @@ QUICK int give_back(struct uvas_heap *heap, struct uvas_slab *slab, uintptr_t ad
 
 /* By a thread that does not own the slab. */
 static int free_remote(struct uvas_slab *slab, uintptr_t address) {
-    size_t index = index_of(slab, address);
+    size_t index;
     unsigned char live = UVAS_BLOCK_LIVE;
-    if (index == atomic_load_explicit(&slab->run.count, memory_order_relaxed) || index / UVAS_GROUP >= slab->run.groups ||
+    if (!begins(slab, address, &index) || index / UVAS_GROUP >= slab->run.groups ||
         atomic_load_explicit(&slab->blocks[index], memory_order_relaxed) != UVAS_BLOCK_LIVE ||
         !atomic_compare_exchange_strong(&slab->blocks[index], &live, UVAS_BLOCK_FREED)) {
         return -EINVAL;
