@@ -36,9 +36,9 @@ void uvas_classes_learn(void) {
 }
 
 /* Enough blocks that the arena is rarely asked, few enough that a class of which a thread needs one block costs little: 64 KiB, and at least 4. Up to
- * 4 KiB a block has 16 bytes of bookkeeping at most, 8 a page of which are the map's: that takes 48. */
+ * 4 KiB a block has 16 bytes of bookkeeping at most, 8 a page of which are the map's: that takes 56. */
 static size_t slab_bytes(size_t block_bytes) {
-    size_t least = block_bytes <= 4096 ? 48 : block_bytes <= 16384 ? 16 : block_bytes <= 65536 ? 8 : 4, bytes = least * block_bytes;
+    size_t least = block_bytes <= 4096 ? 56 : block_bytes <= 16384 ? 16 : block_bytes <= 65536 ? 8 : 4, bytes = least * block_bytes;
     bytes = bytes > (size_t)64 << 10 ? bytes : (size_t)64 << 10;
     return (bytes + uvas_page() - 1) & ~(uvas_page() - 1);
 }
