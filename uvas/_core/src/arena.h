@@ -10,7 +10,9 @@
  *   heap.c       what a thread keeps for itself, and the door through which it goes
  *   slab.c       small blocks
  *   find.c       the block that holds an address
- *   block.c      alloc and free
+ *   alloc.c      blocks allocated
+ *   free.c       blocks freed
+ *   large.c      blocks that are runs of their own
  *   resize.c     realloc
  *   arena.c      open, close, trim, fork
  *   census.c     statistics and check
@@ -88,14 +90,13 @@ struct uvas_run { /* the first cache line is what those read who allocate and fr
     _Atomic uint32_t version;  /* counts changes of base and bytes; read before and after by those who look without a lock */
     _Atomic uintptr_t base;    /* base, bytes: written under the lock while state is BUSY or HOLE */
     _Atomic size_t bytes;
+    _Atomic(struct uvas_heap *) owner; /* slabs; NULL in what never is one. Changed by the owner, or with the doors shut; read by anyone */
     union {
         struct { /* holes, under the lock */
             struct uvas_run *next, *previous;           /* in the list of their size, or */
             struct uvas_run *idle_next, *idle_previous; /* holes in the order in which they last grew */
-            uint64_t idle_since;                        /* ns; 0: not in that list */
         };
         struct { /* slabs */
-            _Atomic(struct uvas_heap *) owner; /* changed by the owner, or with the doors shut; read by anyone */
             _Atomic uint64_t reciprocal;       /* 2^40 / block_bytes, rounded up; fixed while it is a slab, as are the next two; read by anyone */
             _Atomic uint32_t block_bytes;
             _Atomic uint32_t count;
@@ -106,7 +107,10 @@ struct uvas_run { /* the first cache line is what those read who allocate and fr
     };
     void *link; /* metadata.c's */
     struct uvas_region *region; /* as base */
-    struct uvas_run *spare; /* slabs: what describes the hole when it is given back, so that giving back needs no memory */
+    union {
+        struct uvas_run *spare; /* slabs: what describes the hole when it is given back, so that giving back needs no memory */
+        uint64_t idle_since;    /* holes: ns; 0: not in that list */
+    };
     _Atomic size_t guard;   /* large blocks: bytes at the end that fault */
 };
 _Static_assert(offsetof(struct uvas_run, link) == 64, "what is read together lies together");
@@ -148,9 +152,9 @@ typedef uint64_t __attribute__((may_alias)) uvas_eight;
 
 #define UVAS_EIGHT_ONES UINT64_C(0x0101010101010101)
 
-/* Of eight blocks: a 1 in the byte of each that is in `state`, FREE or FREED. Acquires. */
+/* Of eight blocks: a 1 in the byte of each that is in `state`, FREE or FREED. Tells where to look; orders nothing. */
 static inline uint64_t uvas_slab_eight(const struct uvas_slab *slab, size_t eight, enum uvas_block_state state) {
-    uint64_t states = __atomic_load_n((const uvas_eight *)(const void *)&slab->blocks[8 * eight], __ATOMIC_ACQUIRE);
+    uint64_t states = __atomic_load_n((const uvas_eight *)(const void *)&slab->blocks[8 * eight], __ATOMIC_RELAXED);
     return states >> (state - UVAS_BLOCK_FREE) & UVAS_EIGHT_ONES;
 }
 
@@ -483,7 +487,7 @@ bool uvas_block_locate(const struct uvas_region *region, uintptr_t address, stru
 int uvas_block_not_live(uintptr_t address); /* says so: -EINVAL */
 struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t address); /* or NULL */
 
-/* -- block.c -- */
+/* -- large.c -- */
 
 static inline size_t uvas_block_pages(size_t size) { /* bytes of whole pages */
     return (size + uvas_page() - 1) & ~(uvas_page() - 1);

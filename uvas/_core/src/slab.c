@@ -249,7 +249,9 @@ static bool collect(struct uvas_heap *heap, struct uvas_slab *slab) {
         slab->summary |= UINT64_C(1) << 8 * eight / UVAS_GROUP;
         collected += uvas_eight_count(freed);
         for (; freed; freed &= freed - 1) {
-            atomic_store_explicit(&slab->blocks[8 * eight + uvas_eight_first(freed)], UVAS_BLOCK_FREE, memory_order_relaxed);
+            _Atomic unsigned char *block = &slab->blocks[8 * eight + uvas_eight_first(freed)];
+            (void)atomic_load_explicit(block, memory_order_acquire); /* all that was done with it comes before */
+            atomic_store_explicit(block, UVAS_BLOCK_FREE, memory_order_relaxed);
         }
     }
     slab->counts -= collected;
