@@ -148,23 +148,17 @@ struct uvas_slab { /* the second line is seldom used, the third is the owner's *
     _Alignas(64) _Atomic unsigned char blocks[]; /* enum uvas_block_state of each */
 };
 
-typedef uint64_t __attribute__((may_alias)) uvas_eight;
+typedef uint64_t __attribute__((may_alias)) uvas_eight; /* states of eight blocks */
 
-#define UVAS_EIGHT_ONES UINT64_C(0x0101010101010101)
-
-/* Of eight blocks: a 1 in the byte of each that is in `state`, FREE or FREED. Tells where to look; orders nothing. */
-static inline uint64_t uvas_slab_eight(const struct uvas_slab *slab, size_t eight, enum uvas_block_state state) {
-    uint64_t states = __atomic_load_n((const uvas_eight *)(const void *)&slab->blocks[8 * eight], __ATOMIC_RELAXED);
-    return states >> (state - UVAS_BLOCK_FREE) & UVAS_EIGHT_ONES;
-}
-
-/* The first of them, and how many they are. */
-static inline size_t uvas_eight_first(uint64_t ones) {
-    return (size_t)__builtin_ctzll(ones) / 8;
-}
-
-static inline uint32_t uvas_eight_count(uint64_t ones) {
-    return (uint32_t)(ones * UVAS_EIGHT_ONES >> 56);
+/* Which blocks of a group are in `state`, FREE or FREED, a bit for each. Tells where to look; orders nothing. */
+static inline uint64_t uvas_slab_group(const struct uvas_slab *slab, size_t group, enum uvas_block_state state) {
+    const uvas_eight *eights = (const uvas_eight *)(const void *)&slab->blocks[group * UVAS_GROUP];
+    uint64_t found = 0;
+    for (size_t i = 0; i < UVAS_GROUP / 8; i++) {
+        uint64_t ones = __atomic_load_n(&eights[i], __ATOMIC_RELAXED) >> (state - UVAS_BLOCK_FREE) & UINT64_C(0x0101010101010101);
+        found |= ones * UINT64_C(0x0102040810204080) >> 56 << 8 * i; /* the lowest bits of eight bytes, side by side */
+    }
+    return found;
 }
 
 #define UVAS_SLAB_USED UINT64_C(0x7fff)     /* of counts */

@@ -50,8 +50,8 @@ static struct uvas_run *next_run(struct walk *walk) {
 
 static uint32_t live_in(struct uvas_slab *slab) {
     uint32_t live = (uint32_t)(slab->counts & UVAS_SLAB_USED);
-    for (size_t eight = 0; eight < slab->run.groups * UVAS_GROUP / 8; eight++) {
-        live -= uvas_eight_count(uvas_slab_eight(slab, eight, UVAS_BLOCK_FREED));
+    for (size_t group = 0; group < slab->run.groups; group++) {
+        live -= (uint32_t)__builtin_popcountll(uvas_slab_group(slab, group, UVAS_BLOCK_FREED));
     }
     return live;
 }

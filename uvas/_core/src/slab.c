@@ -102,14 +102,13 @@ void uvas_bin_learn(struct uvas_bin *bin, struct uvas_slab *slab) {
     assert(bin->knows == 0 && left > 0 && slab->summary);
     bin->knows = left = left < UVAS_KNOWN ? left : UVAS_KNOWN;
     while (left > 0) {
-        size_t group = (size_t)__builtin_ctzll(slab->summary), eight = group * UVAS_GROUP / 8, end = eight + UVAS_GROUP / 8, index = 0;
-        for (; eight < end && left > 0; eight++) {
-            for (uint64_t free = uvas_slab_eight(slab, eight, UVAS_BLOCK_FREE); free && left > 0; free &= free - 1) {
-                index = 8 * eight + uvas_eight_first(free);
-                bin->known[--left] = (struct uvas_known){base + index * block + (slab->clean && index >= slab->high), slab, index};
-            }
+        size_t group = (size_t)__builtin_ctzll(slab->summary), index = 0;
+        uint64_t free = uvas_slab_group(slab, group, UVAS_BLOCK_FREE);
+        for (; free && left > 0; free &= free - 1) {
+            index = group * UVAS_GROUP + (size_t)__builtin_ctzll(free);
+            bin->known[--left] = (struct uvas_known){base + index * block + (slab->clean && index >= slab->high), slab, index};
         }
-        slab->summary &= left == 0 ? ~UINT64_C(0) : slab->summary - 1; /* there may be more in it: who looks will see */
+        slab->summary &= free ? ~UINT64_C(0) : slab->summary - 1;
         slab->high = index < slab->high ? slab->high : (uint32_t)index + 1;
     }
 }
@@ -241,15 +240,12 @@ void uvas_slab_notify(struct uvas_slab *slab) {
 /* Takes in what others freed. true: as relist. */
 static bool collect(struct uvas_heap *heap, struct uvas_slab *slab) {
     uint64_t collected = 0;
-    for (size_t eight = 0; eight < slab->run.groups * UVAS_GROUP / 8; eight++) {
-        uint64_t freed = uvas_slab_eight(slab, eight, UVAS_BLOCK_FREED);
-        if (!freed) {
-            continue;
-        }
-        slab->summary |= UINT64_C(1) << 8 * eight / UVAS_GROUP;
-        collected += uvas_eight_count(freed);
+    for (size_t group = 0; group < slab->run.groups; group++) {
+        uint64_t freed = uvas_slab_group(slab, group, UVAS_BLOCK_FREED);
+        slab->summary |= (uint64_t)(freed != 0) << group;
         for (; freed; freed &= freed - 1) {
-            _Atomic unsigned char *block = &slab->blocks[8 * eight + uvas_eight_first(freed)];
+            _Atomic unsigned char *block = &slab->blocks[group * UVAS_GROUP + (size_t)__builtin_ctzll(freed)];
+            collected++;
             (void)atomic_load_explicit(block, memory_order_acquire); /* all that was done with it comes before */
             atomic_store_explicit(block, UVAS_BLOCK_FREE, memory_order_relaxed);
         }
@@ -259,11 +255,11 @@ static bool collect(struct uvas_heap *heap, struct uvas_slab *slab) {
 }
 
 static bool freed_by_others(const struct uvas_slab *slab) {
-    size_t eight = 0, end = slab->run.groups * UVAS_GROUP / 8;
-    while (eight < end && !uvas_slab_eight(slab, eight, UVAS_BLOCK_FREED)) {
-        eight++;
+    size_t group = 0;
+    while (group < slab->run.groups && !uvas_slab_group(slab, group, UVAS_BLOCK_FREED)) {
+        group++;
     }
-    return eight < end;
+    return group < slab->run.groups;
 }
 
 static void collect_all(struct uvas_heap *heap, bool locked) {
