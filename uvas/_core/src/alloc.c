@@ -190,6 +190,10 @@ int uvas_alloc_try(uvas_id arena, size_t size, size_t align, uintptr_t *out) {
     return alloc(arena, size, align, NO_WAIT, out);
 }
 
+int uvas_alloc_zeroed_try(uvas_id arena, size_t size, size_t align, uintptr_t *out) {
+    return alloc(arena, size, align, ZERO | NO_WAIT, out);
+}
+
 int uvas_alloc_many(uvas_id arena, const size_t *sizes, size_t count, uintptr_t *out) {
     for (size_t i = 0; i < count; i++) {
         int rc = alloc(arena, sizes[i], 0, 0, &out[i]);

@@ -45,16 +45,30 @@ bool uvas_block_locate(const struct uvas_region *region, uintptr_t address, stru
     return address - *base < *bytes;
 }
 
-int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out) {
+/* The region that holds an address, and its arena; NULL: none does. */
+static struct uvas_region *region_of(uintptr_t address, uvas_id *arena) {
     struct uvas_region *region = uvas_region_at(address);
-    uvas_id arena = region ? atomic_load_explicit(&region->arena_id, memory_order_acquire) : 0;
+    *arena = region ? atomic_load_explicit(&region->arena_id, memory_order_acquire) : 0;
+    bool holds = *arena && address - atomic_load_explicit(&region->base, memory_order_relaxed) < atomic_load_explicit(&region->bytes, memory_order_relaxed);
+    return holds ? region : NULL;
+}
+
+int uvas_find_arena(uintptr_t address, uvas_id *out) {
+    uvas_id arena;
+    if (!region_of(address, &arena)) {
+        return -ENOENT;
+    }
+    *out = arena;
+    return 0;
+}
+
+int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out) {
+    uvas_id arena;
+    struct uvas_region *region = region_of(address, &arena);
     struct uvas_run *run;
     uintptr_t base;
     size_t bytes;
-    if (!arena || address - atomic_load_explicit(&region->base, memory_order_relaxed) >= atomic_load_explicit(&region->bytes, memory_order_relaxed)) {
-        return -ENOENT;
-    }
-    if (!uvas_block_locate(region, address, &run, &base, &bytes)) {
+    if (!region || !uvas_block_locate(region, address, &run, &base, &bytes)) {
         return -ENOENT;
     }
     *out = (struct uvas_allocation){.base = base, .size = bytes, .arena = arena};
