@@ -45,12 +45,11 @@ bool uvas_block_locate(const struct uvas_region *region, uintptr_t address, stru
     return address - *base < *bytes;
 }
 
-/* The region that holds an address, and its arena; NULL: none does. */
+/* The region of the reservation that holds an address, and its arena; NULL: there is none. */
 static struct uvas_region *region_of(uintptr_t address, uvas_id *arena) {
     struct uvas_region *region = uvas_region_at(address);
     *arena = region ? atomic_load_explicit(&region->arena_id, memory_order_acquire) : 0;
-    bool holds = *arena && address - atomic_load_explicit(&region->base, memory_order_relaxed) < atomic_load_explicit(&region->bytes, memory_order_relaxed);
-    return holds ? region : NULL;
+    return *arena ? region : NULL;
 }
 
 int uvas_find_arena(uintptr_t address, uvas_id *out) {
@@ -68,7 +67,10 @@ int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out) {
     struct uvas_run *run;
     uintptr_t base;
     size_t bytes;
-    if (!region || !uvas_block_locate(region, address, &run, &base, &bytes)) {
+    if (!region || address - atomic_load_explicit(&region->base, memory_order_relaxed) >= atomic_load_explicit(&region->bytes, memory_order_relaxed)) {
+        return -ENOENT;
+    }
+    if (!uvas_block_locate(region, address, &run, &base, &bytes)) {
         return -ENOENT;
     }
     *out = (struct uvas_allocation){.base = base, .size = bytes, .arena = arena};
