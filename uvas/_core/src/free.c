@@ -157,6 +157,15 @@ SLOW static int free_other(struct uvas_heap *heap, uintptr_t address, bool wait)
     return rc == -EINVAL ? uvas_block_not_live(address) : 0;
 }
 
+/* In another thread's slab, perhaps. Inside; goes outside. */
+SLOW static int free_elsewhere(struct uvas_heap *heap, struct uvas_run *run, uintptr_t address, bool wait) {
+    if (LIKELY(uvas_run_state(run) == UVAS_RUN_SLAB && free_remote((struct uvas_slab *)run, address) == 0)) {
+        uvas_heap_leave(heap);
+        return 0;
+    }
+    return free_other(heap, address, wait);
+}
+
 SLOW static int free_changed(struct uvas_heap *heap, struct uvas_slab *slab) {
     uvas_slab_changed(heap, slab);
     uvas_heap_leave(heap);
@@ -175,15 +184,19 @@ QUICK int free_block(uvas_id id, uintptr_t address, bool wait) {
     uintptr_t offset = address - heap->near_base;
     if (LIKELY(offset < heap->near_bytes)) {
         struct uvas_run *run = atomic_load_explicit(&heap->near_map[offset >> heap->near_shift], memory_order_acquire);
-        if (LIKELY(run && atomic_load_explicit(&run->owner, memory_order_relaxed) == heap)) { /* so it is a slab */
-            int rc = give_back(heap, (struct uvas_slab *)run, address);
-            if (LIKELY(rc == 0)) {
-                uvas_heap_leave(heap);
-                return 0;
-            }
-            if (rc == CHANGED) {
-                return free_changed(heap, (struct uvas_slab *)run);
-            }
+        if (!LIKELY(run != NULL)) {
+            return free_other(heap, address, wait);
+        }
+        if (!LIKELY(atomic_load_explicit(&run->owner, memory_order_relaxed) == heap)) { /* then it is a slab */
+            return free_elsewhere(heap, run, address, wait);
+        }
+        int rc = give_back(heap, (struct uvas_slab *)run, address);
+        if (LIKELY(rc == 0)) {
+            uvas_heap_leave(heap);
+            return 0;
+        }
+        if (rc == CHANGED) {
+            return free_changed(heap, (struct uvas_slab *)run);
         }
     }
     return free_other(heap, address, wait);
