@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -13,9 +15,15 @@ from machine import mappings
 import uvas
 
 
-def pytest_configure() -> None:
-    """Take interrupts, whoever started the tests: a shell lets what it starts in the background ignore them."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Take interrupts, whoever started the tests: a shell lets what it starts in the background ignore them.
+
+    And let what OpenCL compiles go where it is thrown away: PoCL and pyopencl keep it at home otherwise.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    cache = tempfile.mkdtemp(prefix="uvas-opencl-")
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+    os.environ.update(POCL_CACHE_DIR=cache, PYOPENCL_NO_CACHE="1")
 
 
 def pytest_report_header() -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import machine
+import opencl_in_tests
 import pytest
 
 import uvas
@@ -123,6 +125,26 @@ def test_many_libraries_over_one_memory() -> None:
     assert out.endswith("everybody let go of it, and the arena is closed\n")
 
 
+def test_a_kernel_walks_what_the_host_linked() -> None:
+    opencl_in_tests.device().close()
+    out = run(sys.executable, "-W", "error", str(EXAMPLES / "opencl_pointers.py"))
+    found = re.search(r"10000 look-ups, (\d+) found, all right: True", out)
+    assert found, out
+    assert 8900 < int(found[1]) < 9100
+    assert "the kernel finds 4711 there" in out
+    assert "nothing is copied unasked: keys of look_up: the array of shape (20000,) and dtype uint64" in out
+
+
+def test_a_kernel_without_opencl_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "pyopencl.py").write_text("raise ImportError('not here')")
+    command = [sys.executable, str(EXAMPLES / "opencl_pointers.py")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 2, done.stderr
+    assert "uvas[opencl]" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_segments_of_a_position_independent_file() -> None:
     done = example("elf_segments.py", sys.executable)
     assert done.returncode == 0, done.stderr
@@ -197,6 +219,23 @@ def test_the_demo_verifies_what_it_claims() -> None:
     assert outcome["squatter_bytes_lost"] == 0
     assert outcome["audit_findings"] == 0
     assert outcome["clobber_lost"] > 0 or outcome["clobber_deaths"]
+
+
+def test_the_demo_in_kernels_too() -> None:
+    opencl_in_tests.device().close()
+    outcome = json.loads(run(sys.executable, "-W", "error", "-m", "uvas", "demo", "--json", "--opencl"))
+    assert outcome["failures"] == []
+    assert outcome["right_in_kernels"] == outcome["right_answers"] == 2000
+
+
+def test_the_demo_in_kernels_without_opencl_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "pyopencl.py").write_text("raise ImportError('not here')")
+    command = [sys.executable, "-m", "uvas", "demo", "--opencl"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "uvas[opencl]" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_demo_shows_the_harm_from_wherever_it_is_started(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "demo":
         from uvas.demo.run import main as run_demo
 
-        return run_demo(as_json=options.json, picture=options.picture)
+        return run_demo(as_json=options.json, picture=options.picture, opencl=options.opencl)
     if options.command == "doctor":
         from uvas.doctor.run import main as run_doctor
 
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         "if everything that is claimed was verified.",
     )
     demo.add_argument("--json", action="store_true", help=_JSON)
+    demo.add_argument("--opencl", action="store_true", help="let an OpenCL kernel follow the pointers too")
     demo.add_argument("--picture", metavar="FILE", help="also write what is shown as an SVG picture")
     doctor = commands.add_parser(
         "doctor",

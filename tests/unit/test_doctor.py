@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import opencl_in_tests
 import pytest
 from machine import KERNELS
 
@@ -88,10 +89,40 @@ def test_a_worker_really_agreed_to_a_range(here):
 
 def test_gpus_are_not_promised(here):
     _, kinds = here
-    for name, missing in (("CUDA", "CudaDevice"), ("HIP", "HipDevice"), ("OpenCL", "OpenCLDevice")):
+    for name, missing in (("CUDA", "CudaDevice"), ("HIP", "HipDevice")):
         assert not hasattr(uvas, missing)  # the day there is one, doctor has to try it
         assert kinds[name]["state"] == "missing"
         assert kinds[name]["remedy"].startswith(f"uvas has no {missing} yet")
+
+
+def test_opencl_says_what_is_advertised_and_what_was_tried(here):
+    found = here[1]["OpenCL"]
+    with opencl_in_tests.device() as device:
+        known = device.info.details
+    assert f"{known['device']} ({known['platform']}, {known['driver']}): {', '.join(known['advertised'])}" in (
+        found["advertised"].split("; ")
+    )
+    assert f"{known['device']}: its kernels follow the pointers of the host" in found["probed"].split("; ")
+    assert found["state"] == "good"
+
+
+def test_opencl_that_cannot(monkeypatch):
+    survey = {"platform": "p", "device": "d", "driver": "1.0", "places": [0, 0], "advertised": []}
+    answers = {(): {"devices": [survey]}, (0, 0): {"why_not": "killed by SIGSEGV"}}
+    monkeypatch.setattr(devices.platforms, "ask", lambda *places: answers[places])
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: True)
+    found = devices.check_opencl()
+    assert (found.state, found.advertised) == ("missing", "d (p, 1.0): no shared virtual memory")
+    assert found.probed == "d: killed by SIGSEGV"
+    assert "pocl-binary-distribution" in found.remedy
+    answers[()] = {"why_not": "whoever asked it ended: exit code 1"}
+    assert devices.check_opencl().probed == "whoever asked it ended: exit code 1"
+    answers[()] = {"devices": []}
+    assert devices.check_opencl().probed == "no platform has a device"
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: None)
+    found = devices.check_opencl()
+    assert found.probed == "not tried: there is no pyopencl"
+    assert "uvas[opencl]" in found.remedy
 
 
 def test_people_read_a_table_and_the_verdict(here):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import cache
 from operator import index
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -338,10 +340,24 @@ def _own_memory(memory: str, capacity: int | None, granule: int | None) -> tuple
         )
     if capacity is not None and index(capacity) < granule:
         raise ValueError(f"a capacity of {capacity:#x} bytes has no room for a granule of {granule:#x}")
-    code = lib.uvas_private_memory(ffi.new("uint32_t *"))
+    features = ffi.new("uint32_t *")
+    code = lib.uvas_private_memory(features)
     if code < 0:
         raise failure(code)
+    if features[0] & lib.UVAS_PRIVATE_USER_ONLY:
+        _say_once()
     return capacity, granule
+
+
+@cache
+def _say_once() -> None:
+    warnings.warn(
+        "this process may serve page faults of code only: a system call that touches memory which is on a device fails "
+        "with EFAULT. Keep the memory on the host meanwhile (AddressSpace.pin_host), or run as root or with "
+        "CAP_SYS_PTRACE, set vm.unprivileged_userfaultfd = 1, or let the user open /dev/userfaultfd",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _parts(address: int, size: int) -> list[tuple[int, int]]:
