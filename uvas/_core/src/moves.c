@@ -474,11 +474,18 @@ static int repair_host(struct uvas_extent *run) {
     return rc < 0 ? rc : unprotect(run, UVAS_HOST);
 }
 
+/* Whoever touches the page is told. A mark of protection, which an empty place may have kept, is in the way of the other mark. */
+static long poison(int faults, uintptr_t address) {
+    size_t page = uvas_vm_platform.page_size;
+    long rc = uvas_fault_poison(faults, address, page);
+    return rc == -EEXIST && uvas_fault_unprotect(faults, address, page) == 0 ? uvas_fault_poison(faults, address, page) : rc;
+}
+
 int uvas_move_repair(struct uvas_mirror *mirror, uint32_t granule, uint32_t party, uintptr_t address) {
     struct uvas_extent run = uvas_extent_from(mirror, granule, 1);
     bool writable = (run.word & UVAS_MODIFIED) != 0;
     if (run.word & UVAS_LOST) {
-        long rc = uvas_fault_poison(party == UVAS_HOST ? our.faults : member_of(&run, party)->faults, address, uvas_vm_platform.page_size);
+        long rc = poison(party == UVAS_HOST ? our.faults : member_of(&run, party)->faults, address);
         return rc < 0 && rc != -EEXIST && !gone(rc) ? (int)rc : 0;
     }
     if (party == UVAS_HOST) {
