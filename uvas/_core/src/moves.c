@@ -125,6 +125,9 @@ static int put_back(uintptr_t to, uintptr_t from, size_t size) {
         if (put < 0 && put != -EAGAIN) {
             int there = present(from + done);
             put = there > 0 ? uvas_fault_copy(our.faults, to + done, (const void *)(from + done), page, false) : there < 0 ? there : (long)page;
+            if (there > 0 && put > 0) { /* a copy leaves its page here, where the next run's would go */
+                (void)uvas_vm_drop_surely(from + done, page);
+            }
         }
         if (put < 0 && tries++ == MOVE_TRIES) {
             return (int)put;
