@@ -190,7 +190,7 @@ static bool duplicates(const struct uvas_errand *request, const struct uvas_exte
 
 static int move_run(struct uvas_errand *request, const struct uvas_extent *run, bool write) {
     struct uvas_member *member = run->mirror->domain->members[request->party];
-    struct uvas_extent range = all_of(request->mirror, request->first, request->end);
+    struct uvas_extent range = all_of(request->mirror, request->from, request->end);
     bool gains = request->party != UVAS_HOST && !(run->word >> request->party & 1);
     int rc = gains ? uvas_residency_room(member, run, &range) : 0;
     rc = rc < 0 ? rc : uvas_move(run, request->party, write);
@@ -231,7 +231,7 @@ static bool move_some(struct uvas_errand *request) {
     for (size_t bytes = 0; request->first < request->end && bytes < UVAS_MOVE_BYTES && request->rc == 0;) {
         uint32_t left = request->end - request->first;
         struct uvas_extent run = uvas_extent_from(mirror, request->first, left < request->most ? left : request->most);
-        bool write = request->write && !duplicates(request, &run);
+        bool write = request->write && !(request->advised && duplicates(request, &run));
         if (uvas_within(mirror->suspended, run.first)) {
             return false; /* whoever takes it away will be done soon */
         }
@@ -246,7 +246,7 @@ static bool move_some(struct uvas_errand *request) {
         }
         int rc = move_run(request, &run, write);
         if (rc < 0) {
-            if (rc == -ENOMEM && run.count == 1) {
+            if (rc == -ESRCH || (rc == -ENOMEM && run.count == 1)) { /* its process has ended, which is heard of a moment later */
                 request->rc = rc;
                 break;
             }
@@ -264,45 +264,79 @@ static bool move_some(struct uvas_errand *request) {
 /* ---- home -------------------------------------------------------------------------------------------------------------------------------------- */
 
 static int bring_run_home(struct uvas_member *member, const struct uvas_extent *run, bool leaves) {
-    bool sole = uvas_holders(run->word) == 1u << member->party;
-    if (!sole) {
-        return leaves ? uvas_move_drop(run, member->party) : 0;
+    uint32_t holders = uvas_holders(run->word);
+    if (!leaves) { /* devices alone may share it: it is enough that the host has a copy, and needed */
+        return holders & 1u << UVAS_HOST ? 0 : uvas_move(run, UVAS_HOST, false);
     }
-    return uvas_move(run, UVAS_HOST, leaves);
+    return holders == 1u << member->party ? uvas_move(run, UVAS_HOST, true) : uvas_move_drop(run, member->party);
 }
 
-int uvas_bring_home(struct uvas_member *member, bool leaves, uint32_t *at, uint32_t *first) {
-    size_t bytes = 0;
-    while (*at < uvas_pager.mirror_count) {
-        struct uvas_mirror *mirror = uvas_pager.mirrors[*at];
-        bool there = mirror->domain == member->domain && mirror->stores[member->party].alias != NULL;
-        while (there && *first < mirror->granules) {
-            if (!mirror->blocks[*first / UVAS_BLOCK_GRANULES]) {
-                *first = (*first / UVAS_BLOCK_GRANULES + 1) * UVAS_BLOCK_GRANULES;
-                continue;
-            }
-            struct uvas_extent run = uvas_extent_from(mirror, *first, UVAS_BLOCK_GRANULES - *first % UVAS_BLOCK_GRANULES);
-            bool has = (run.word >> member->party & 1) != 0;
-            if (has && uvas_within(mirror->suspended, run.first)) {
-                return 0; /* whoever takes it away will be done soon */
-            }
-            int rc = has ? bring_run_home(member, &run, leaves) : 0;
-            *first += run.count;
-            if (rc < 0 && rc != -EIO) {
-                return rc;
-            }
-            bytes += has ? uvas_extent_bytes(&run) : 0;
-            if (bytes >= UVAS_MOVE_BYTES) {
-                return 0;
-            }
+/* The first mirror at `base` or above, of this member's, or NULL. */
+static struct uvas_mirror *mirror_from(const struct uvas_member *member, uintptr_t base) {
+    for (uint32_t i = 0; i < uvas_pager.mirror_count; i++) {
+        struct uvas_mirror *mirror = uvas_pager.mirrors[i];
+        if (mirror->base >= base && mirror->domain == member->domain && mirror->stores[member->party].alias) {
+            return mirror;
         }
-        ++*at;
+    }
+    return NULL;
+}
+
+/* The next part of one mirror. As uvas_bring_home; *bytes: how much it was. */
+static int bring_part_home(struct uvas_member *member, struct uvas_mirror *mirror, bool leaves, uint32_t *first, size_t *bytes) {
+    while (*first < mirror->granules && *bytes < UVAS_MOVE_BYTES) {
+        uint32_t left = UVAS_BLOCK_GRANULES - *first % UVAS_BLOCK_GRANULES;
+        if (!mirror->blocks[*first / UVAS_BLOCK_GRANULES]) {
+            *first += left;
+            continue;
+        }
+        struct uvas_extent run = uvas_extent_from(mirror, *first, left);
+        bool has = (run.word >> member->party & 1) != 0;
+        if (has && uvas_within(mirror->suspended, run.first)) {
+            return 0; /* whoever takes it away will be done soon */
+        }
+        int rc = has ? bring_run_home(member, &run, leaves) : 0;
+        *first += run.count;
+        *bytes += has ? uvas_extent_bytes(&run) : 0;
+        if (rc < 0 && rc != -EIO) {
+            return rc;
+        }
+    }
+    return *first >= mirror->granules;
+}
+
+int uvas_bring_home(struct uvas_member *member, bool leaves, uintptr_t *at, uint32_t *first) {
+    struct uvas_mirror *mirror;
+    for (size_t bytes = 0; (mirror = mirror_from(member, *at)) != NULL;) {
+        *first = mirror->base == *at ? *first : 0; /* the one that it was at has gone */
+        *at = mirror->base;
+        int rc = bring_part_home(member, mirror, leaves, first, &bytes);
+        if (rc <= 0) {
+            return rc;
+        }
+        *at = mirror->base + 1;
         *first = 0;
     }
     return 1;
 }
 
+/* Pins live with the mirrors, and those go with the last device. */
+static bool pinned_somewhere(const struct uvas_member *member) {
+    bool pinned = false, last = true;
+    for (uint32_t party = 1; party < UVAS_PARTIES; party++) {
+        last &= party == member->party || !member->domain->members[party];
+    }
+    for (uint32_t i = 0; last && i < uvas_pager.mirror_count; i++) {
+        pinned |= uvas_pager.mirrors[i]->domain == member->domain && uvas_pager.mirrors[i]->pinned;
+    }
+    return pinned;
+}
+
 static bool leave(struct uvas_errand *request) {
+    if (pinned_somewhere(request->member)) {
+        request->rc = -EBUSY;
+        return true;
+    }
     int rc = uvas_bring_home(request->member, true, &request->at, &request->first);
     if (rc > 0 && request->kind == UVAS_ASK_LEAVE) {
         part(request->member);
@@ -313,14 +347,20 @@ static bool leave(struct uvas_errand *request) {
 
 /* For every device one after the other; what cannot come home is named by nobody, as the child cannot be told. It reads zeros there. */
 static bool pause_some(struct uvas_errand *request) {
-    uvas_pager.pausing = true;
+    if (!uvas_pager.pausing) { /* also: another fork has ended meanwhile, and devices took back what had come home for this one */
+        request->party = 0;
+        request->at = 0;
+        request->first = 0;
+        uvas_pager.pausing = true;
+    }
     if (request->party >= uvas_pager.member_count) {
         return true;
     }
     int rc = uvas_bring_home(uvas_pager.members[request->party], false, &request->at, &request->first);
     if (rc > 0) {
         request->party++;
-        request->at = request->first = 0;
+        request->at = 0;
+        request->first = 0;
     }
     return false;
 }

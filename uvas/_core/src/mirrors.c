@@ -73,6 +73,8 @@ static void stop_pager(void) {
     struct uvas_errand stop = {.kind = UVAS_ASK_STOP};
     (void)uvas_ask(&stop);
     (void)pthread_join(thread, NULL);
+    uvas_vm_close(uvas_pager.faults); /* who waits goes on: the mate may be one of them */
+    uvas_pager.faults = -1;
     uvas_guard_stop();
     close_pager();
 }
@@ -233,6 +235,10 @@ int uvas_mirrors_join(struct uvas_space *space, struct uvas_party *party) {
 static int leave(struct uvas_member *member, enum uvas_request_kind kind) {
     struct uvas_errand ask = {.kind = kind, .member = member};
     int rc = uvas_ask(&ask);
+    if (rc == -EBUSY) {
+        return uvas_fail_say(uvas_fail(UVAS_FAILURE_BUSY, -EBUSY), "memory of the space is pinned on the host: its last private device, %s, leaves when the pins have ended",
+                             member->name);
+    }
     return rc == -ENOMEM ? uvas_fail_memory(0, atomic_load_explicit(&member->resident, memory_order_relaxed), "the host")
            : rc < 0      ? uvas_fail_system(0, 0, "bringing a device's memory home", rc)
                          : 0;

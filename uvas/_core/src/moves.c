@@ -125,6 +125,9 @@ static int put_back(uintptr_t to, uintptr_t from, size_t size) {
         if (put < 0 && put != -EAGAIN) {
             int there = present(from + done);
             put = there > 0 ? uvas_fault_copy(our.faults, to + done, (const void *)(from + done), page, false) : there < 0 ? there : (long)page;
+            if (there > 0 && put > 0) { /* a copy leaves its page here, where the next run's would go */
+                (void)uvas_vm_drop_surely(from + done, page);
+            }
         }
         if (put < 0 && tries++ == MOVE_TRIES) {
             return (int)put;
@@ -134,8 +137,8 @@ static int put_back(uintptr_t to, uintptr_t from, size_t size) {
     return 0;
 }
 
-/* Moves pages, all of them or none. */
-static int take_pages(uintptr_t to, uintptr_t from, size_t size) {
+/* Moves pages, all of them or none; *lost: some are in neither place now. */
+static int take_pages(uintptr_t to, uintptr_t from, size_t size, bool *lost) {
     int tries = 0;
     for (size_t done = 0; done < size;) {
         long moved = move_some(to + done, from + done, size - done);
@@ -144,7 +147,8 @@ static int take_pages(uintptr_t to, uintptr_t from, size_t size) {
         }
         if (moved < 0) {
             our.stuck = moved == -EBUSY ? from + done : 0;
-            return put_back(from, to, done) < 0 ? -EIO : (int)moved;
+            *lost = put_back(from, to, done) < 0;
+            return (int)moved;
         }
         done += (size_t)moved;
     }
@@ -183,9 +187,10 @@ static int lost_in_staging(const struct uvas_extent *run) {
 }
 
 static int take(const struct uvas_extent *run, bool *copied) {
+    bool lost = false;
     *copied = false;
-    int rc = our.features & UVAS_FAULT_MOVES ? take_pages((uintptr_t)staged(run), uvas_extent_base(run), uvas_extent_bytes(run)) : -EINVAL;
-    if (rc == -EIO) {
+    int rc = our.features & UVAS_FAULT_MOVES ? take_pages((uintptr_t)staged(run), uvas_extent_base(run), uvas_extent_bytes(run), &lost) : -EINVAL;
+    if (lost) {
         return lost_in_staging(run);
     }
     if (rc == -EINVAL || (rc == -EBUSY && !(run->word & UVAS_MODIFIED))) { /* what nobody may write has no write in flight */
@@ -285,7 +290,7 @@ int uvas_copy_protected(int faults, uintptr_t to, const char *from, size_t size)
 /* Large copies are shared with the mate. */
 static int copy_in(const struct uvas_extent *run, uint32_t party, const char *from) {
     int faults = party == UVAS_HOST ? our.faults : member_of(run, party)->faults;
-    size_t size = uvas_extent_bytes(run), half = size < SHARED_COPY ? 0 : size / 2;
+    size_t size = uvas_extent_bytes(run), half = size < SHARED_COPY ? 0 : size / 2 & ~(uvas_vm_platform.page_size - 1);
     uintptr_t to = uvas_extent_base(run);
     if (half) {
         uvas_mate_copy(faults, to + size - half, from + size - half, half);
@@ -328,7 +333,7 @@ static int undo_fill(const struct uvas_extent *run, uint32_t party, const struct
     if (party == UVAS_HOST) {
         (void)uvas_vm_drop_surely(uvas_extent_base(run), uvas_extent_bytes(run));
     } else {
-        run->mirror->stores[party].stale |= uvas_vm_punch(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run)) < 0;
+        (void)uvas_vm_punch_surely(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
     }
     if (next->steps & UVAS_STEP_TAKE) {
         int back = give_back(run, copied);
@@ -390,7 +395,8 @@ static bool unreadable(const struct uvas_extent *run, uint32_t party) {
 static int lose(const struct uvas_extent *run) {
     for (uint32_t party = 1; party < UVAS_PARTIES; party++) {
         if (run->word >> party & 1) {
-            (void)punch(run, party);
+            (void)uvas_vm_punch_surely(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+            uvas_residency_went(member_of(run, party), run);
         }
     }
     uvas_publish(run, (run->word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED)) | UVAS_LOST);
@@ -441,6 +447,20 @@ int uvas_move_drop(const struct uvas_extent *run, uint32_t party) {
     return rc;
 }
 
+/* The marks that a device's pages are broken give way to a copy only, which goes as soon as it is there. */
+static void forget_broken(const struct uvas_extent *run) {
+    uvas_mate_wait();
+    for (uint32_t party = 1; party < UVAS_PARTIES; party++) {
+        const struct uvas_store *store = &run->mirror->stores[party];
+        struct uvas_member *member = member_of(run, party);
+        if (store->alias && member && !member->dead) {
+            (void)uvas_copy_protected(member->faults, uvas_extent_base(run), staged(run), uvas_extent_bytes(run));
+            (void)uvas_vm_punch_surely(store->fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+        }
+    }
+    (void)uvas_vm_drop_surely((uintptr_t)staged(run), uvas_extent_bytes(run));
+}
+
 int uvas_move_discard(const struct uvas_extent *run) {
     uint32_t holders = uvas_holders(run->word), word = run->word;
     int rc = 0;
@@ -450,6 +470,9 @@ int uvas_move_discard(const struct uvas_extent *run) {
         word &= (holders >> party & 1) && punched == 0 ? ~(1u << party) : UINT32_MAX;
     }
     rc = rc < 0 ? rc : drop_host(run); /* and marks of what was lost */
+    if (rc == 0 && word & UVAS_LOST) {
+        forget_broken(run);
+    }
     if (rc == 0) {
         word = (word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED | UVAS_LOST)) | (run->mirror->armed ? 0u : UVAS_MODIFIED | 1u << UVAS_HOST);
     }
@@ -468,12 +491,23 @@ static int repair_host(struct uvas_extent *run) {
     return rc < 0 ? rc : unprotect(run, UVAS_HOST);
 }
 
+/* A mark of protection that outlived its page is in the way of the mark that the page is broken. */
+static int poison(const struct uvas_extent *run, uint32_t party, uintptr_t address) {
+    int faults = party == UVAS_HOST ? our.faults : member_of(run, party)->faults;
+    size_t page = uvas_vm_platform.page_size;
+    long rc = uvas_fault_poison(faults, address, page);
+    if (rc == -EEXIST) {
+        (void)uvas_fault_unprotect(faults, address, page);
+        rc = uvas_fault_poison(faults, address, page);
+    }
+    return rc < 0 && rc != -EEXIST && !gone(rc) ? (int)rc : 0;
+}
+
 int uvas_move_repair(struct uvas_mirror *mirror, uint32_t granule, uint32_t party, uintptr_t address) {
     struct uvas_extent run = uvas_extent_from(mirror, granule, 1);
     bool writable = (run.word & UVAS_MODIFIED) != 0;
     if (run.word & UVAS_LOST) {
-        long rc = uvas_fault_poison(party == UVAS_HOST ? our.faults : member_of(&run, party)->faults, address, uvas_vm_platform.page_size);
-        return rc < 0 && rc != -EEXIST && !gone(rc) ? (int)rc : 0;
+        return poison(&run, party, address);
     }
     if (party == UVAS_HOST) {
         return repair_host(&run);

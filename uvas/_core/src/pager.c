@@ -330,7 +330,8 @@ void uvas_pager_died(struct uvas_member *member) {
     uvas_unwatch(member);
     member->dead = true;
     member->recovered = false;
-    member->recovering_at = member->recovering_first = 0;
+    member->recovering_at = 0;
+    member->recovering_first = 0;
 }
 
 /* A part of it for each. What will not come home now (no memory) is tried again, pass after pass: until then it is where it was, and can be read.
@@ -348,7 +349,8 @@ static int64_t recover_some(void) {
             member->recovered = !member->unrecovered;
             next = member->recovered || next == 0 ? next : RETRY_MOST_US * 1000;
             member->unrecovered = false;
-            member->recovering_at = member->recovering_first = 0;
+            member->recovering_at = 0;
+            member->recovering_first = 0;
         } else {
             next = 0;
         }

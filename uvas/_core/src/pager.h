@@ -86,7 +86,8 @@ struct uvas_member { /* a party of a domain; the host is one too. Pager's alone,
     bool dead;       /* its process has ended: nothing to stop there, nothing to map; its memory is here */
     bool recovered;  /* and what it held is home */
     bool unrecovered; /* something would not come, in this pass */
-    uint32_t recovering_at, recovering_first; /* how far the pass is: mirror and granule */
+    uintptr_t recovering_at; /* how far the pass is: the mirror's base, and the granule */
+    uint32_t recovering_first;
     uint64_t identity; /* whose device it is */
     uint64_t capacity; /* bytes; 0: no bound */
     struct uvas_ring probation, proven, ghosts; /* residency.c */
@@ -284,7 +285,9 @@ struct uvas_errand { /* on the stack of who asks; the pager's until it is done *
     struct uvas_member *member;
     uint32_t party;
     bool write;
+    bool advised;        /* MOVE: advice may make it a copy */
     uint32_t first, end; /* granules; `first` goes forward with the work */
+    uint32_t from;       /* MOVE: where it was to begin: what it has brought is not pushed out by what comes after */
     uint32_t most;       /* granules at once; less after a refusal */
     uint32_t tries;
     struct uvas_stretch *stretch;
@@ -295,7 +298,7 @@ struct uvas_errand { /* on the stack of who asks; the pager's until it is done *
     uint32_t stayed_count;
     int why;        /* it could not */
     uint64_t moved; /* bytes */
-    uint32_t at;    /* LEAVE, PAUSE: the mirror that it is at */
+    uintptr_t at;   /* HOME, LEAVE, PAUSE: the base of the mirror that it is at */
     int rc;
     bool done;
     struct uvas_errand *next;
@@ -314,9 +317,9 @@ struct uvas_waiting uvas_requests_longest(void);
 
 /* Goes on with it. true: done. */
 bool uvas_chore(struct uvas_errand *request);
-/* What the member alone holds comes home; with `leaves` its other copies go. Goes on from (*at, *first), mirror and granule. 1: done, 0: there is more,
+/* What the member alone holds comes home; with `leaves` its other copies go. Goes on from (*at, *first), the base of a mirror and a granule: other mirrors may come and go in between. 1: done, 0: there is more,
  * -errno: a run cannot, and is passed over. */
-int uvas_bring_home(struct uvas_member *member, bool leaves, uint32_t *at, uint32_t *first);
+int uvas_bring_home(struct uvas_member *member, bool leaves, uintptr_t *at, uint32_t *first);
 
 /* ---- core.c ---- */
 

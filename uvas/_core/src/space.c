@@ -204,6 +204,12 @@ static int suits(const struct uvas_space *space, const struct uvas_party *party)
             return uvas_fail_unsupported("the device's window or granularity", "attach it before reserving", "device %s cannot address [0x%lx, 0x%lx)",
                                          party->name, record->base, record->base + record->size);
         }
+        const struct uvas_region *region = atomic_load_explicit(&record->region, memory_order_relaxed);
+        if (device->memory == UVAS_MEMORY_PRIVATE && region && uvas_region_guarded(region)) {
+            return uvas_fail_unsupported("guards in memory that moves", "an arena without guards, or a device that shares the host's memory",
+                                         "device %s has memory of its own, and an arena has guards in [0x%lx, 0x%lx)", party->name, record->base,
+                                         record->base + record->size);
+        }
         for (size_t i = 0; i < record->pieces.count; i++) {
             const struct uvas_piece_entry *piece = &record->pieces.list[i];
             if (uvas_piece_committed(piece) && (!(piece->kind & device->backings) || (piece->file && !piece->shared && uvas_party_claims(party)))) {

@@ -48,6 +48,7 @@ struct uvas_change { /* on the stack of the thread that changes */
 };
 
 struct uvas_region; /* arena.h */
+bool uvas_region_guarded(const struct uvas_region *region); /* its arena puts guards between blocks */
 struct uvas_mirror; /* pager.h, as are the next two: what devices with memory of their own need */
 struct uvas_member;
 struct uvas_domain;
@@ -191,6 +192,7 @@ void uvas_change_end(struct uvas_record *record, struct uvas_change *change); /*
  * it either. uvas_find_allocation finds the region by it. */
 int uvas_lease_region(uvas_id reservation, bool all, struct uvas_region *region, uvas_id *out);
 void uvas_unlease_region(uvas_id reservation, uvas_id lease);
+bool uvas_reservation_moves(uvas_id reservation); /* a device with memory of its own sees it. Takes the lock */
 /* The arena's region that holds an address, or NULL. No lock. */
 struct uvas_region *uvas_region_at(uintptr_t address);
 

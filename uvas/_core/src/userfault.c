@@ -166,7 +166,7 @@ int uvas_fault_register_staging(int fd, uintptr_t base, size_t size) {
 
 int uvas_fault_unregister(int fd, uintptr_t base, size_t size) {
     struct range_abi range = {base, size};
-    return call(fd, CALL_UNREGISTER, &range);
+    return syscall(SYS_ioctl, fd, CALL_UNREGISTER, &range) == 0 ? 0 : -errno; /* likewise past the gate: it ends waiting */
 }
 
 int uvas_fault_wake(int fd, uintptr_t base, size_t size) {

@@ -351,8 +351,13 @@ int uvas_vm_memfd(const char *name, size_t size) {
     return fd;
 }
 
+int uvas_vm_punch_surely(int fd, int64_t offset, size_t size) {
+    return syscall(SYS_fallocate, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size) == 0 ? 0 : -errno;
+}
+
 int uvas_vm_punch(int fd, int64_t offset, size_t size) {
-    GATED(syscall(SYS_fallocate, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size));
+    int refused = gate();
+    return refused ? -refused : uvas_vm_punch_surely(fd, offset, size);
 }
 
 int uvas_vm_allocate(int fd, int64_t offset, size_t size) {

@@ -75,6 +75,7 @@ int uvas_vm_populate(uintptr_t base, size_t size, uint32_t protection);
 int uvas_vm_tag(const char *name);                 /* a sealed, empty memfd */
 int uvas_vm_memfd(const char *name, size_t size);  /* a sparse one */
 int uvas_vm_punch(int fd, int64_t offset, size_t size);
+int uvas_vm_punch_surely(int fd, int64_t offset, size_t size); /* past the tests' knob: to undo */
 int uvas_vm_allocate(int fd, int64_t offset, size_t size); /* pages of zeros where holes are */
 long uvas_vm_write_at(int fd, const void *from, size_t size, int64_t offset); /* bytes or -errno */
 long uvas_vm_read_at(int fd, void *out, size_t size, int64_t offset);
