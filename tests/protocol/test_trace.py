@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,31 +29,41 @@ REGISTER, COPY, ZEROPAGE, MOVE, PROTECT, CONTINUE = 0, 3, 4, 5, 6, 7
 Row = tuple[Entry, int, Wish]
 
 
+ASKED = [(party, wish) for wish in (Wish.READ, Wish.WRITE) for party in range(PARTIES)] + [(HOST, Wish.DISCARD)]
+
+
+def shortest(at: Entry, wanted: Callable[[Entry], Row | None]) -> list[Row]:
+    """Find the nearest entry that has a wanted row, and go there and along it; empty if none has."""
+    todo: deque[tuple[Entry, list[Row]]] = deque([(at, [])])
+    seen = {at}
+    while todo:
+        entry, path = todo.popleft()
+        if row := wanted(entry):
+            return [*path, row]
+        for party, wish in ASKED:
+            after = entry_after(entry, party, wish)
+            if after not in seen:
+                seen.add(after)
+                todo.append((after, [*path, (entry, party, wish)]))
+    return []
+
+
 def walk() -> list[Row]:
-    """Go once along every row that can be reached, by the shortest ways."""
-    asked = [(party, wish) for wish in (Wish.READ, Wish.WRITE) for party in range(PARTIES)] + [(HOST, Wish.DISCARD)]
+    """Go along every row that can be reached, by the shortest ways."""
     way: list[Row] = []
-    gone: set[Row] = set()
-    at = AT_HOME
-    while True:
-        todo: deque[tuple[Entry, list[Row]]] = deque([(at, [])])
-        seen = {at}
-        while todo:
-            entry, path = todo.popleft()
-            rows = [(entry, party, wish) for party, wish in asked]
-            fresh = next((row for row in rows if row not in gone), None)
-            if fresh:
-                break
-            for row in rows:
-                after = entry_after(*row)
-                if after not in seen:
-                    seen.add(after)
-                    todo.append((after, [*path, row]))
-        else:
-            return way
-        way += [*path, fresh]
-        gone |= {*path, fresh}
-        at = entry_after(*fresh)
+
+    def fresh(entry: Entry) -> Row | None:
+        return next(((entry, *asked) for asked in ASKED if (entry, *asked) not in way), None)
+
+    while more := shortest(entry_after(*way[-1]) if way else AT_HOME, fresh):
+        way += more
+    return way
+
+
+def deaths(holders: int, *, modified: bool) -> list[Row]:
+    """Go where a granule is so, and let device 1 die, then device 2."""
+    way = shortest(AT_HOME, lambda entry: (entry, 1, Wish.LEAVE) if entry == (holders, modified) else None)
+    return [*way, (entry_after(*way[-1]), 2, Wish.LEAVE)]
 
 
 @dataclass
@@ -138,16 +149,17 @@ def traced(shim: Path, way: list[Row]) -> tuple[list[str], list[list[tuple[str, 
 
 
 def expected(row: Row) -> list[Step]:
-    """Return the steps that can be seen. Whoever has what it wants does not even fault."""
+    """Return the steps that can be seen. Whoever has what it wants does not fault; the dead need not be stopped."""
     plan = transition(*row)
-    steps = [step for step in plan.steps if step.verb not in UNSEEN] if plan.after != row[0] else []
+    unseen = (*UNSEEN, Verb.PROTECT) if row[2] == Wish.LEAVE else UNSEEN
+    steps = [step for step in plan.steps if step.verb not in unseen] if plan.after != row[0] else []
     if row[2] != Wish.DISCARD:
         return steps
     return [*(step for step in steps if step.party != HOST), Step(Verb.TAKE)]  # the host's in any case: marks of losses
 
 
-def test_the_pager_does_step_by_step_what_the_table_says(shim: Path) -> None:
-    way = walk()
+def check_steps(shim: Path, way: list[Row]) -> None:
+    """Walk, and compare."""
     said, (before, *parts, _) = traced(shim, way)
     reader = Reader(int(said[0]))
     for call in before:
@@ -156,6 +168,17 @@ def test_the_pager_does_step_by_step_what_the_table_says(shim: Path) -> None:
     for row, calls in zip(way, parts, strict=True):
         steps = [step for call in calls if (step := reader.step(*call)) is not None]
         assert steps == expected(row), row
+
+
+def test_the_pager_does_step_by_step_what_the_table_says(shim: Path) -> None:
+    check_steps(shim, walk())
+
+
+@pytest.mark.parametrize(
+    ("holders", "modified"), [(0b010, True), (0b111, False), (0b110, False)], ids=["modified", "shared", "by devices"]
+)
+def test_what_the_dead_held_comes_home_step_by_step(shim: Path, holders: int, modified: bool) -> None:
+    check_steps(shim, deaths(holders, modified=modified))
 
 
 def test_every_read_is_of_the_last_write(shim: Path) -> None:
