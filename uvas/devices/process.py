@@ -137,6 +137,7 @@ class ProcessDevice:
         DeviceLostError, ReleasedError
             As of `claim`.
         """
+        self._link.check("lend_faults")
         if self._faults is None:
             self._faults = self._link.borrow("lend_faults")
         return LentMemory(self._faults, self._link.pidfd, self._capacity, self._granule)
