@@ -27,7 +27,7 @@ from typing import Any
 
 import uvas
 
-__all__ = ["RESULTS", "Row", "Sample", "built", "load", "programs_output", "rows_of", "sample", "write"]
+__all__ = ["RESULTS", "Row", "Sample", "built", "library", "load", "programs_output", "rows_of", "sample", "write"]
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -103,17 +103,27 @@ def built(source: str, *, with_core: bool = False) -> Iterator[Path]:
     with_core
         Link the core's own sources, for what lies behind ``uvas.h``, instead of the library that Python uses.
     """
-    library = Path(uvas.get_library())
-    linked = [*map(str, CORE.glob("*.c"))] if with_core else [str(library), f"-Wl,-rpath,{library.parent}"]
+    core = Path(uvas.get_library())
+    linked = [*map(str, CORE.glob("*.c"))] if with_core else [str(core), f"-Wl,-rpath,{core.parent}"]
     with tempfile.TemporaryDirectory() as directory:
-        program = Path(directory) / Path(source).stem
-        subprocess.run(
-            [os.environ.get("CC", "gcc"), "-std=c11", "-O2", "-Wall", "-Wextra", f"-I{HERE / 'c'}",
-             f"-I{uvas.get_include()}", f"-I{CORE}", str(HERE / "c" / source), *linked, "-pthread", "-ldl",
-             "-o", str(program)],
-            check=True,
-        )  # fmt: skip
-        yield program
+        yield _compiled(source, Path(directory) / Path(source).stem, *linked)
+
+
+@contextmanager
+def library(source: str) -> Iterator[Path]:
+    """Compile ``benchmarks/c/SOURCE`` into a shared library, for `uvas.CFunction`."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / f"{Path(source).stem}.so"
+        yield _compiled(source, path, "-shared", "-fPIC", "-fvisibility=hidden")
+
+
+def _compiled(source: str, to: Path, *more: str) -> Path:
+    subprocess.run(
+        [os.environ.get("CC", "gcc"), "-std=c11", "-O2", "-Wall", "-Wextra", f"-I{HERE / 'c'}",
+         f"-I{uvas.get_include()}", f"-I{CORE}", str(HERE / "c" / source), *more, "-pthread", "-ldl", "-o", str(to)],
+        check=True,
+    )  # fmt: skip
+    return to
 
 
 def programs_output(*command: object) -> list[Sample]:
@@ -172,7 +182,7 @@ def _machine() -> dict[str, object]:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("uvas", "numpy", "cffi", "sortedcontainers", "intervaltree", "umf")
+    packages = ("uvas", "numpy", "cffi", "sortedcontainers", "intervaltree", "umf", "ray")
     present = {one.metadata["Name"].lower(): one.version for one in importlib.metadata.distributions()}
     versions = {name: present[name] for name in packages if name in present}
     return {"python": platform.python_version(), "compiler": str(sysconfig.get_config_var("CC")), **versions}

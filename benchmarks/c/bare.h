@@ -21,7 +21,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "bench.h"
+#include "touch.h"
 
 #ifndef UFFDIO_MOVE /* Linux 6.8; the headers of older systems lack it */
 struct uffdio_move {
@@ -45,7 +45,7 @@ struct uffdio_move {
 #define BARE_STAGING ((uintptr_t)0x520000000000)
 
 /* What the worker is told to do with its side. */
-enum bare_order { BARE_WRITE = 1, BARE_READ, BARE_RANDOM, BARE_FAULTS, BARE_SUM };
+enum bare_order { BARE_FAULTS, BARE_RISING, BARE_RANDOM, BARE_SUM };
 
 struct bare_work {
     enum bare_order order;
@@ -61,10 +61,17 @@ struct bare {
     pid_t pid;
 };
 
+#define BARE_ANY (-1)
+
+/* On that CPU alone; BARE_ANY: where the kernel wants it, of the first two. */
 static inline void bare_pin(int cpu) {
     cpu_set_t set;
     CPU_ZERO(&set);
-    CPU_SET((unsigned)cpu, &set);
+    for (int one = 0; one < 2; one++) {
+        if (cpu == one || cpu == BARE_ANY) {
+            CPU_SET((unsigned)one, &set);
+        }
+    }
     BENCH_NEED(sched_setaffinity(0, sizeof set, &set) == 0);
 }
 
@@ -129,57 +136,20 @@ static inline void bare_drop(uintptr_t at, size_t size) {
 
 /* ---- the worker ----------------------------------------------------------------------------------------------------------------------- */
 
-static inline int bare_compare(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return (x > y) - (x < y);
-}
-
-/* Touch `count` pages one after another and return the median of the times: what one fault takes. */
-static inline uint64_t bare_fault(uintptr_t at, size_t count, size_t step, bool write) {
-    uint64_t *times = malloc(count * sizeof *times);
-    BENCH_NEED(times);
-    for (size_t i = 0; i < count; i++) {
-        volatile uint64_t *word = (volatile uint64_t *)(at + i * step);
-        uint64_t began = bench_ns();
-        if (write) {
-            *word = 1;
-        } else {
-            (void)*word;
-        }
-        times[i] = bench_ns() - began;
-    }
-    qsort(times, count, sizeof *times, bare_compare);
-    uint64_t median = times[count / 2];
-    free(times);
-    return median;
-}
-
 static inline uint64_t bare_obey(const struct bare *b, const struct bare_work *work) {
-    bare_pin(work->cpu);
-    uint64_t began = bench_ns(), sum = 0, chance = 7;
     uintptr_t at = b->base + work->offset;
+    bare_pin(work->cpu);
     switch (work->order) {
     case BARE_FAULTS:
-        return bare_fault(at, work->count, BARE_PAGE, true);
-    case BARE_WRITE:
-    case BARE_READ:
-        for (size_t done = 0; done < work->size; done += BARE_PAGE) {
-            volatile uint64_t *word = (volatile uint64_t *)(at + done);
-            *word = work->order == BARE_WRITE ? 1 : *word;
-        }
-        break;
+        return touch_faults(at, work->count, BARE_PAGE);
+    case BARE_RISING:
+        return touch_rising(at, work->size, BARE_PAGE, TOUCH_WRITE);
     case BARE_RANDOM:
-        for (size_t i = 0; i < work->count; i++) {
-            *(volatile uint64_t *)(at + bench_random(&chance) % (work->size / 8) * 8) += 1;
-        }
-        break;
+        return touch_random(at, work->size, work->count);
     case BARE_SUM:
-        for (size_t done = 0; done < work->size; done += 8) {
-            sum += *(const uint64_t *)(at + done);
-        }
-        return sum;
+        return touch_sum(at, work->size);
     }
-    return bench_ns() - began;
+    return 0;
 }
 
 static inline void bare_live(struct bare *b, int line) {

@@ -1,7 +1,7 @@
 /* bare_faults.c: what one fault of 4 KiB takes when nothing but the kernel and a handler is in the way (targets H1, H4): the handler on the
  * faulting thread's CPU, on another one, and there spinning; and what faults of other sizes take when a worker goes through host memory.
  *
- *   bare_faults ROUNDS FAULTS
+ *   bare_faults ROUNDS TOUCHES faults|granules
  */
 #define _GNU_SOURCE
 #include "bare.h"
@@ -76,7 +76,7 @@ static int faulting;
 
 static uint64_t on_host(size_t faults) {
     bare_pin(faulting);
-    return bare_fault(bench.pair.base, faults, BARE_PAGE, true);
+    return touch_faults(bench.pair.base, faults, BARE_PAGE);
 }
 
 static uint64_t on_worker(size_t faults) {
@@ -84,7 +84,7 @@ static uint64_t on_worker(size_t faults) {
 }
 
 static uint64_t sequential(size_t size) {
-    return bare_ask(&bench.pair, (struct bare_work){.order = BARE_WRITE, .cpu = faulting, .size = size});
+    return bare_ask(&bench.pair, (struct bare_work){.order = BARE_RISING, .cpu = faulting, .size = size});
 }
 
 static uint64_t at_random(size_t count) {
@@ -130,41 +130,45 @@ static void faults_of(const char *placement, size_t faults) {
     bench_say("H1", what, BARE_PAGE, (double)with_handler(&bench.pair.host, on_host, faults));
 }
 
-static void granules_of(const char *placement, size_t touches) {
+static void granules_of(size_t touches) {
     char what[96];
-    for (bench.granule = BARE_PAGE; bench.granule <= (size_t)2 << 20; bench.granule = bench.granule == ((size_t)1 << 20) ? (size_t)2 << 20 : bench.granule * 4) {
+    static const size_t granules[] = {BARE_PAGE, 16 << 10, 64 << 10, 256 << 10, 2 << 20};
+    for (size_t i = 0; i < sizeof granules / sizeof *granules; i++) {
+        bench.granule = granules[i];
         bench.deed = MIGRATE;
         size_t size = bench.granule == BARE_PAGE ? SIZE / 8 : SIZE;
         everything_on_host(size);
-        (void)snprintf(what, sizeof what, "bare: a worker goes through, a page, %s", placement);
-        bench_say("H4", what, bench.granule, (double)with_handler(&bench.pair.worker, sequential, size) / (double)(size / BARE_PAGE));
+        bench_say("H4", "bare: a worker writes it all", bench.granule, (double)with_handler(&bench.pair.worker, sequential, size) / (double)(size >> 20));
         for (size_t times = touches / 8; times <= touches * 8; times *= 8) {
             everything_on_host(SIZE);
-            (void)snprintf(what, sizeof what, "bare: a worker at random in 64 MiB, %zu touches, each, %s", times, placement);
-            bench_say("H4", what, bench.granule, (double)with_handler(&bench.pair.worker, at_random, times) / (double)times);
+            (void)snprintf(what, sizeof what, "bare: a worker at random in 64 MiB, %zu touches", times);
+            bench_say("H4 random", what, bench.granule, (double)with_handler(&bench.pair.worker, at_random, times) / (double)times);
         }
     }
 }
 
 int main(int argc, char **argv) {
-    BENCH_NEED(argc == 3);
-    size_t rounds = strtoul(argv[1], NULL, 10), faults = strtoul(argv[2], NULL, 10);
+    BENCH_NEED(argc == 4);
+    size_t rounds = strtoul(argv[1], NULL, 10), touches = strtoul(argv[2], NULL, 10);
+    bool granules = strcmp(argv[3], "granules") == 0;
     bare_open(&bench.pair, SIZE);
     const struct {
         const char *name;
         int faulting, handling;
         bool spinning;
-    } placements[] = {{"same CPU", 0, 0, false}, {"other CPU", 1, 0, false}, {"spinning", 1, 0, true}};
+    } placements[] = {{"anywhere", BARE_ANY, BARE_ANY, false}, {"same CPU", 0, 0, false}, {"other CPU", 1, 0, false}, {"spinning", 1, 0, true}};
     for (size_t round = 0; round < rounds; round++) {
-        for (size_t i = 0; i < 3; i++) {
+        for (size_t i = 0; i < 4 && !granules; i++) {
             faulting = placements[i].faulting;
             bench.cpu = placements[i].handling;
             bench.spinning = placements[i].spinning;
-            faults_of(placements[i].name, faults);
+            faults_of(placements[i].name, touches);
         }
-        faulting = bench.cpu = 0;
-        bench.spinning = false;
-        granules_of("same CPU", 1024);
+        if (granules) {
+            faulting = bench.cpu = BARE_ANY;
+            bench.spinning = false;
+            granules_of(touches);
+        }
     }
     bare_close(&bench.pair);
     return 0;

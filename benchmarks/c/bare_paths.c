@@ -1,7 +1,7 @@
 /* bare_paths.c: how fast pages move between a host and a worker when nothing but the kernel is in the way (target H2): each way that the system
  * calls allow, in batches, by one thread and by two; and what the single steps take.
  *
- *   bare_paths ROUNDS MEBIBYTES
+ *   bare_paths ROUNDS MEBIBYTES ways|steps
  *
  * A sample is the time for 1 MiB; its parameter is the batch, in bytes.
  */
@@ -50,13 +50,6 @@ static void out_by_copy(size_t offset, size_t size, uintptr_t spare) {
     bare_move(&pair, pair.staging + offset, pair.base + offset, size);
     bare_copy(pair.worker, pair.base + offset, pair.staging + offset, size);
     bare_drop(pair.staging + offset, size);
-}
-
-static void out_by_write_kept(size_t offset, size_t size, uintptr_t spare) {
-    (void)spare;
-    bare_move(&pair, pair.staging + offset, pair.base + offset, size);
-    bare_write(&pair, offset, pair.staging + offset, size);
-    bare_continue(pair.worker, pair.base + offset, size);
 }
 
 static void write_alone(size_t offset, size_t size, uintptr_t spare) {
@@ -232,14 +225,6 @@ static double by_threads(way *one, size_t batch, size_t threads) {
     return (double)(ended - began) / (double)(pair.size >> 20);
 }
 
-static uint64_t sum_of(uintptr_t at) {
-    uint64_t sum = 0;
-    for (size_t done = 0; done < pair.size; done += 8) {
-        sum += *(const uint64_t *)(at + done);
-    }
-    return sum;
-}
-
 /* Where the bytes are afterwards, for those ways that bring them somewhere. */
 enum arrives { NOWHERE, AT_WORKER, AT_HOST };
 
@@ -252,11 +237,10 @@ static const struct path {
 } paths[] = {
     {"H2 out", "bare: MOVE, pwrite, CONTINUE, drop", on_host, out_by_write, AT_WORKER, 2},
     {"H2 out", "bare: MOVE, COPY, drop", on_host, out_by_copy, AT_WORKER, 2},
-    {"H2 out", "bare: MOVE, pwrite, CONTINUE, kept", on_host, out_by_write_kept, AT_WORKER, 2},
     {"H2 back", "bare: protect, COPY, punch", on_worker, back_by_copy, AT_HOST, 2},
-    {"H2 back", "bare: protect, pread into recycled, MOVE, punch", on_worker_recycling, back_by_read, AT_HOST, 2},
-    {"H2 back", "bare: protect, memcpy into recycled, MOVE, punch", on_worker_recycling, back_by_memcpy, AT_HOST, 2},
-    {"H2 back", "bare: protect, streaming copy into recycled, MOVE, punch", on_worker_recycling, back_by_streaming, AT_HOST, 2},
+    {"H2 recycled", "bare: protect, pread into recycled, MOVE, punch", on_worker_recycling, back_by_read, AT_HOST, 2},
+    {"H2 recycled", "bare: protect, memcpy into recycled, MOVE, punch", on_worker_recycling, back_by_memcpy, AT_HOST, 2},
+    {"H2 recycled", "bare: protect, streaming copy into recycled, MOVE, punch", on_worker_recycling, back_by_streaming, AT_HOST, 2},
     {"H2 step", "pwrite, fresh", on_host, write_alone, NOWHERE, 2},
     {"H2 step", "pwrite, pages there", on_both, write_alone, NOWHERE, 1},
     {"H2 step", "COPY to the worker, fresh", on_host, copy_alone, AT_WORKER, 2},
@@ -267,8 +251,8 @@ static const struct path {
     {"H2 step", "punch a hole", on_worker, punch_alone, NOWHERE, 2},
     {"H2 step", "MOVE", on_host, move_alone, NOWHERE, 2},
     {"H2 step", "DONTNEED", on_host, drop_alone, NOWHERE, 2},
-    {"H2 step", "memcpy, both warm", host_recycling, memcpy_alone, NOWHERE, 2},
-    {"H2 step", "streaming copy, both warm", host_recycling, streaming_alone, NOWHERE, 2},
+    {"H2 recycled", "memcpy, both warm", host_recycling, memcpy_alone, NOWHERE, 2},
+    {"H2 recycled", "streaming copy, both warm", host_recycling, streaming_alone, NOWHERE, 2},
 };
 
 static void measure(const struct path *path, size_t batch, size_t threads, uint64_t right) {
@@ -279,19 +263,21 @@ static void measure(const struct path *path, size_t batch, size_t threads, uint6
     if (path->arrives == AT_WORKER) {
         BENCH_NEED(bare_ask(&pair, (struct bare_work){.order = BARE_SUM, .size = pair.size}) == right);
     } else if (path->arrives == AT_HOST) {
-        BENCH_NEED(sum_of(pair.base) == right);
+        BENCH_NEED(touch_sum(pair.base, pair.size) == right);
     }
 }
 
 int main(int argc, char **argv) {
-    BENCH_NEED(argc == 3);
+    BENCH_NEED(argc == 4);
     size_t rounds = strtoul(argv[1], NULL, 10), batches[] = {(size_t)64 << 10, (size_t)512 << 10, (size_t)2 << 20};
+    bool steps = strcmp(argv[3], "steps") == 0;
     bare_open(&pair, strtoul(argv[2], NULL, 10) << 20);
     on_host();
-    uint64_t right = sum_of(pair.base);
+    uint64_t right = touch_sum(pair.base, pair.size);
     for (size_t round = 0; round < rounds; round++) {
         for (size_t i = 0; i < sizeof paths / sizeof *paths; i++) {
-            for (size_t j = 0; j < sizeof batches / sizeof *batches; j++) {
+            bool step = strcmp(paths[i].id, "H2 step") == 0;
+            for (size_t j = steps ? 0 : 1; step == steps && j < sizeof batches / sizeof *batches; j++) {
                 for (size_t threads = 1; threads <= paths[i].threads; threads++) {
                     measure(&paths[i], batches[j], threads, right);
                 }

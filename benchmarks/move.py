@@ -1,0 +1,224 @@
+"""Memory that moves between the host and a worker process, against a bare userfaultfd pager.
+
+python benchmarks/move.py [--quick] [--target H1]     targets H1 to H4, H6, H7; writes results/move.json
+
+The peers are in ``c/bare*.c``: the same system calls with nothing around them, in the same run, a round of theirs after
+each of ours. Times of H2, H4 and H6 are for 1 MiB; the parameter is the granule, of the bare ways the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from harness import Sample, built, library, programs_output, rows_of, write
+
+import uvas
+
+MIB = 1 << 20
+PAGE = 4096
+GRANULES = (4 << 10, 64 << 10, 2 << 20)  # the middle one is the default
+READ, WRITE, ADD = 0, 1, 2  # as in c/touch.h; to add is to read first: a copy, and then a second fault
+
+Setting = tuple[uvas.AddressSpace, uvas.ProcessDevice, uvas.Reservation]
+
+
+@contextmanager
+def unified(size: int, granule: int | None = None, capacity: int | None = None) -> Iterator[Setting]:
+    """A space with one private device, and `size` bytes that the host has written."""
+    with (
+        uvas.ProcessDevice(memory="private", granule=granule, capacity=capacity) as device,
+        uvas.AddressSpace([device]) as space,
+        space.reserve(size) as held,
+    ):
+        held.commit()
+        written(held)
+        yield space, device, held
+
+
+def written(held: uvas.Reservation) -> None:
+    """Let the host write all of it."""
+    words = held.numpy("u8")
+    words[:] = np.arange(len(words), dtype="u8")
+
+
+def timed(function: Callable[[], object]) -> int:
+    """Nanoseconds."""
+    began = time.perf_counter_ns()
+    function()
+    return time.perf_counter_ns() - began
+
+
+def need(condition: bool, what: str) -> None:
+    """Raise where what was to be measured was not done right."""
+    if not condition:
+        raise AssertionError(what)
+
+
+class Touch:
+    """The functions of ``c/touch.c``, for the host and for devices."""
+
+    def __init__(self, path: Path) -> None:
+        self.faults = uvas.CFunction(str(path), "faults", "uint64")
+        self.rising = uvas.CFunction(str(path), "rising", "uint64")
+        self.at_random = uvas.CFunction(str(path), "at_random", "uint64")
+        self.sum = uvas.CFunction(str(path), "sum", "uint64")
+        self.stream = uvas.CFunction(str(path), "stream", "uint64")
+
+
+# ---- H1: one fault ---------------------------------------------------------------------------------------------------
+
+
+def faults(touch: Touch, rounds: int, count: int) -> list[Sample]:
+    """A page that the other side has, touched: the median of many, one page a fault."""
+    samples: list[Sample] = []
+    with built("bare_faults.c") as bare, unified(count * PAGE, PAGE) as (space, device, held):
+        for _ in range(rounds):
+            samples += programs_output(bare, 1, count, "faults")
+            space.prefetch(held, "host")
+            there = device.run(touch.faults, held.base, count, PAGE)
+            back = touch.faults(held.base, count, PAGE)
+            samples += [
+                Sample("H1", "worker, from the host", PAGE, float(there)),
+                Sample("H1", "host, from the worker", PAGE, float(back or 0)),
+            ]
+        seen = space.movement()
+        need(seen.host.write_faults >= rounds * count, "the host did not fault on each page")
+    return samples
+
+
+# ---- H2, H4: prefetch, and going through without it ---------------------------------------------------------------------
+
+
+def prefetches(rounds: int, size: int) -> list[Sample]:
+    """All of it there and back, and the fastest bare ways."""
+    samples: list[Sample] = []
+    with built("bare_paths.c") as bare:
+        for _ in range(rounds):
+            samples += programs_output(bare, 1, size // MIB, "ways")
+            for granule in GRANULES:
+                samples += there_and_back(size, granule)
+    return samples
+
+
+def there_and_back(size: int, granule: int) -> Iterator[Sample]:
+    """The second time: by then the directory's own pages are there."""
+    with unified(size, granule) as (space, device, held):
+        right = int(held.numpy("u8").sum())
+        for fresh in (True, False):
+            out = timed(lambda: space.prefetch(held, device))
+            need(bool((space.where(held) == uvas.PageFlag.device(1)).all()), "not all of it went")
+            back = timed(lambda: space.prefetch(held, "host"))
+            if not fresh:
+                yield Sample("H2 out", "prefetch", granule, out / (size / MIB))
+                yield Sample("H2 back", "prefetch", granule, back / (size / MIB))
+        need(int(held.numpy("u8").sum()) == right, "the bytes came back wrong")
+
+
+def streams(touch: Touch, rounds: int, size: int) -> list[Sample]:
+    """A device that goes through host data, and the host after it; no prefetch asked."""
+    samples: list[Sample] = []
+    with built("bare_faults.c") as bare:
+        for _ in range(rounds):
+            samples += programs_output(bare, 1, 1024, "granules")
+            for granule in GRANULES:
+                with unified(size, granule) as (space, device, held):
+                    ours = {
+                        "a device reads it all": lambda: device.run(touch.rising, held.base, size, PAGE, READ),
+                        "the host takes it back, which kept it": lambda: space.prefetch(held, "host"),
+                        "a device writes it all": lambda: device.run(touch.rising, held.base, size, PAGE, WRITE),
+                        "the host reads it all": lambda: touch.rising(held.base, size, PAGE, READ),
+                        "a device adds to it all": lambda: device.run(touch.rising, held.base, size, PAGE, ADD),
+                        "the host adds to it all": lambda: touch.rising(held.base, size, PAGE, ADD),
+                    }
+                    samples += [Sample("H4", what, granule, timed(work) / (size / MIB)) for what, work in ours.items()]
+                    need(bool((held.numpy("u8")[::512] == np.arange(0, size, PAGE) + 3).all()), "something was lost")
+    return samples
+
+
+# ---- H3: unified memory that nobody moves ----------------------------------------------------------------------------------
+
+
+def untouched(touch: Touch, rounds: int, size: int) -> list[Sample]:
+    """First touch and streaming, against plain memory: nothing has been submitted or prefetched."""
+    samples: list[Sample] = []
+    for _ in range(rounds):
+        with uvas.ProcessDevice(memory="private") as device, uvas.AddressSpace([device]) as space:
+            with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as plain, space.reserve(size) as held:
+                held.commit()
+                array = np.frombuffer(plain, "u8")
+                places = {"plain memory": array.ctypes.data, "unified memory": held.base}
+                for what, at in places.items():
+                    samples.append(Sample("H3", f"first touch, {what}", size, float(touch.rising(at, size, PAGE, WRITE) or 0)))
+                for _ in range(3):
+                    for what, at in places.items():
+                        samples.append(Sample("H3", f"streaming, {what}", size, float(touch.stream(at, size) or 0)))
+                need(space.movement().host.write_faults == 0, "somebody's faults were served")
+                del array
+    return samples
+
+
+# ---- H6: more than the device can hold -------------------------------------------------------------------------------------
+
+
+def sweeps(touch: Touch, rounds: int, size: int) -> list[Sample]:
+    """A device writes through twice what it can hold, again and again."""
+    samples: list[Sample] = []
+    for _ in range(rounds):
+        for granule in GRANULES:
+            with unified(size, granule, size // 2) as (space, device, held):
+                for how, verb in ((WRITE, "write"), (ADD, "add"), (READ, "read")):
+                    for sweep in ("first", "second"):
+                        ns = timed(lambda how=how: device.run(touch.rising, held.base, size, PAGE, how))
+                        what = f"{sweep} sweep over twice what fits, {verb}"
+                        samples.append(Sample("H6", what, granule, ns / (size / MIB)))
+                seen = space.movement().devices[device.info.name]
+                need(seen.resident_bytes <= size // 2 and seen.evictions > 0, "it held more than it may")
+                need(bool((held.numpy("u8")[::512] == np.arange(0, size, PAGE) + 3).all()), "something was lost")
+    return samples
+
+
+# ---- H7: what it takes -----------------------------------------------------------------------------------------------------
+
+
+def metadata(touch: Touch, size: int) -> dict[str, float]:
+    """Memory of directory and pager, as a part of the unified bytes, after a device has had all of them once."""
+    parts = {}
+    for granule in GRANULES:
+        for capacity in (None, size // 2):
+            with unified(size, granule, capacity) as (space, device, held):
+                device.run(touch.rising, held.base, size, PAGE, WRITE)
+                bound = "" if capacity is None else ", with a capacity"
+                parts[f"{granule >> 10} KiB{bound}"] = space.movement().metadata_bytes / size
+    return parts
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--target", action="append", help="H1, H2, H3, H4, H6 or H7; more than once; default: all")
+    asked = parser.parse_args()
+    rounds = 5 if asked.quick else 9
+    with library("touch.c") as path:
+        touch = Touch(path)
+        targets: dict[str, Callable[[], list[Sample]]] = {
+            "H1": lambda: faults(touch, rounds, 1000),
+            "H2": lambda: prefetches(rounds, 64 * MIB),
+            "H3": lambda: untouched(touch, rounds, 256 * MIB),
+            "H4": lambda: streams(touch, rounds, 256 * MIB),
+            "H6": lambda: sweeps(touch, rounds, 256 * MIB),
+        }
+        chosen = asked.target or [*targets, "H7"]
+        samples = [one for name, measure in targets.items() if name in chosen for one in measure()]
+        memory = metadata(touch, 256 * MIB) if "H7" in chosen else {}
+    write("move", rows_of(samples), metadata_over_unified=memory)
+
+
+if __name__ == "__main__":
+    main()
