@@ -1,9 +1,11 @@
 """Memory that moves between the host and a worker process, against a bare userfaultfd pager.
 
-python benchmarks/move.py [--quick] [--target H1]     targets H1 to H4, H6, H7; writes results/move.json
+python benchmarks/move.py [--quick] [--target H1] [--umap PATH]     targets H1 to H4, H6, H7; writes results/move.json
 
-The peers are in ``c/bare*.c``: the same system calls with nothing around them, in the same run, a round of theirs after
-each of ours. Times of H2, H4 and H6 are for 1 MiB; the parameter is the granule, of the bare ways the batch.
+The peers are in ``c/bare*.c``: the same system calls with nothing around them, in the same run, a round of theirs before
+each of ours; and LLNL's umap where its library is given (``--umap``: it has no package; git clone
+https://github.com/LLNL/umap, cmake, make). Times of H2, H4 and H6 are for 1 MiB; the parameter is the granule, of the
+bare ways the batch.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import mmap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from harness import Sample, built, library, programs_output, rows_of, write
+from harness import Ratio, Sample, built, library, programs_output, ratio, rows_of, write
 
 import uvas
 
@@ -61,14 +64,23 @@ def need(condition: bool, what: str) -> None:
 
 
 class Touch:
-    """The functions of ``c/touch.c``, for the host and for devices."""
+    """The functions of ``c/touch.c``, for the host and for devices; and a library to compare with, or None."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, umap: str | None) -> None:
+        self.umap = umap
         self.faults = uvas.CFunction(str(path), "faults", "uint64")
         self.rising = uvas.CFunction(str(path), "rising", "uint64")
         self.at_random = uvas.CFunction(str(path), "at_random", "uint64")
         self.sum = uvas.CFunction(str(path), "sum", "uint64")
         self.stream = uvas.CFunction(str(path), "stream", "uint64")
+
+
+def by_umap(program: Path, touch: Touch, page: int, size: int, faults: int) -> list[Sample]:
+    """What LLNL's umap needs, if it is there."""
+    if touch.umap is None:
+        return []
+    more = {"UMAP_PAGESIZE": page, "UMAP_BUFSIZE": size // page + 16, "UMAP_LOG_LEVEL": "ERROR"}
+    return programs_output(program, touch.umap, size // MIB, faults, **more)
 
 
 # ---- H1: one fault ---------------------------------------------------------------------------------------------------
@@ -77,9 +89,10 @@ class Touch:
 def faults(touch: Touch, rounds: int, count: int) -> list[Sample]:
     """A page that the other side has, touched: the median of many, one page a fault."""
     samples: list[Sample] = []
-    with built("bare_faults.c") as bare, unified(count * PAGE, PAGE) as (space, device, held):
+    with built("bare_faults.c") as bare, built("umap.c") as umap, unified(count * PAGE, PAGE) as (space, device, held):
         for _ in range(rounds):
             samples += programs_output(bare, 1, count, "faults")
+            samples += by_umap(umap, touch, PAGE, 64 * MIB, count)
             space.prefetch(held, "host")
             there = device.run(touch.faults, held.base, count, PAGE)
             back = touch.faults(held.base, count, PAGE)
@@ -123,10 +136,11 @@ def there_and_back(size: int, granule: int) -> Iterator[Sample]:
 def streams(touch: Touch, rounds: int, size: int) -> list[Sample]:
     """A device that goes through host data, and the host after it; no prefetch asked."""
     samples: list[Sample] = []
-    with built("bare_faults.c") as bare:
+    with built("bare_faults.c") as bare, built("umap.c") as umap:
         for _ in range(rounds):
             samples += programs_output(bare, 1, 1024, "granules")
             for granule in GRANULES:
+                samples += by_umap(umap, touch, granule, size, 0) if granule != PAGE else []
                 with unified(size, granule) as (space, device, held):
                     ours = {
                         "a device reads it all": lambda: device.run(touch.rising, held.base, size, PAGE, READ),
@@ -198,15 +212,45 @@ def metadata(touch: Touch, size: int) -> dict[str, float]:
     return parts
 
 
+def comparisons(samples: list[Sample]) -> list[Ratio]:
+    """Return what the report shows."""
+    found = []
+    for what in ("worker, from the host", "host, from the worker"):
+        mover, owner = what.split(", from the ")
+        about = f"one 4 KiB fault of {'a device, from the host' if mover == 'worker' else 'the host, from a device'}"
+        peers = [("H1", f"bare: {what}, {where}", PAGE) for where in ("anywhere", "same CPU", "other CPU", "spinning")]
+        found.append(ratio(samples, about, ("H1", what, PAGE), peers))
+        if owner == "host":
+            found.append(ratio(samples, about, ("H1", what, PAGE), [("H1", "LLNL umap, from a memfd", PAGE)]))
+    ways = {(one.id, one.what, one.parameter) for one in samples if one.id.startswith("H2") and "bare" in one.what}
+    for granule in GRANULES:
+        size = f"{granule >> 10} KiB" if granule < MIB else f"{granule // MIB} MiB"
+        for id, about in (("H2 out", "prefetch to a device"), ("H2 back", "prefetch to the host")):
+            peers = [way for way in ways if way[0] == id]
+            found.append(ratio(samples, f"{about}, granules of {size}", (id, "prefetch", granule), peers))
+        for what in ("a device writes it all", "a device reads it all"):
+            peers = [("H4", f"bare: {what.replace('a device', 'a worker')}", granule)]
+            peers += [("H4", "LLNL umap: read from a memfd", granule)] if "reads" in what else []
+            found.append(ratio(samples, f"{what}, granules of {size}", ("H4", what, granule), peers))
+    for what in ("first touch", "streaming"):
+        ours, peer = (("H3", f"{what}, {memory}", 256 * MIB) for memory in ("unified memory", "plain memory"))
+        found.append(ratio(samples, f"{what} of 256 MiB that nobody moves", ours, [peer]))
+    for how in ("write", "add", "read"):
+        first, second = (("H6", f"{sweep} sweep over twice what fits, {how}", GRANULES[1]) for sweep in ("first", "second"))
+        found.append(ratio(samples, f"second sweep over twice what fits, {how}", second, [first]))
+    return [one for one in found if one]
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--target", action="append", help="H1, H2, H3, H4, H6 or H7; more than once; default: all")
+    parser.add_argument("--umap", metavar="PATH", help="LLNL's libumap.so, to compare with")
     asked = parser.parse_args()
     rounds = 5 if asked.quick else 9
     with library("touch.c") as path:
-        touch = Touch(path)
+        touch = Touch(path, asked.umap)
         targets: dict[str, Callable[[], list[Sample]]] = {
             "H1": lambda: faults(touch, rounds, 1000),
             "H2": lambda: prefetches(rounds, 64 * MIB),
@@ -217,7 +261,9 @@ def main() -> None:
         chosen = asked.target or [*targets, "H7"]
         samples = [one for name, measure in targets.items() if name in chosen for one in measure()]
         memory = metadata(touch, 256 * MIB) if "H7" in chosen else {}
-    write("move", rows_of(samples), metadata_over_unified=memory)
+    missing = {} if asked.umap else {"LLNL umap": "no package has it: build it and say --umap PATH"}
+    ratios = [asdict(one) for one in comparisons(samples)]
+    write("move", rows_of(samples), ratios=ratios, metadata_over_unified=memory, missing=missing)
 
 
 if __name__ == "__main__":
