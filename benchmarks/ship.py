@@ -16,12 +16,13 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import numpy as np
-from harness import Sample, rows_of, write
+from harness import Ratio, Sample, ratio, rows_of, write
 
 import uvas
 
@@ -186,6 +187,20 @@ def ray_store(ending: contextlib.ExitStack) -> dict[str, Ship]:
     return {"ray": ship}
 
 
+def comparisons(samples: list[Sample]) -> list[Ratio]:
+    """Return what the report shows: each of ours against each of the others."""
+    theirs = [one for one in dict.fromkeys(sample.what for sample in samples) if not one.startswith("uvas")]
+    ours = {
+        "uvas, memory=shared": "256 MiB to a worker and back, memory in common",
+        "uvas, memory=private": "the same, memory of its own",
+        "uvas, memory=private, prefetch": "the same, memory of its own, prefetched",
+    }
+    found = [
+        ratio(samples, about, ("H5", what, SIZE), [("H5", peer, SIZE)]) for what, about in ours.items() for peer in theirs
+    ]
+    return [one for one in found if one]
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -210,7 +225,7 @@ def main() -> None:
                 elif total == 0:
                     raise AssertionError(f"{what}: nothing came back")
                 del result
-    write("ship", rows_of(samples), missing=missing)
+    write("ship", rows_of(samples), ratios=[asdict(one) for one in comparisons(samples)], missing=missing)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ static void granules_of(size_t touches) {
         size_t size = bench.granule == BARE_PAGE ? SIZE / 8 : SIZE;
         everything_on_host(size);
         bench_say("H4", "bare: a worker writes it all", bench.granule, (double)with_handler(&bench.pair.worker, sequential, size) / (double)(size >> 20));
-        for (size_t times = touches / 8; times <= touches * 8; times *= 8) {
+        for (size_t times = touches; times <= touches * 8; times *= 8) {
             everything_on_host(SIZE);
             (void)snprintf(what, sizeof what, "bare: a worker at random in 64 MiB, %zu touches", times);
             bench_say("H4 random", what, bench.granule, (double)with_handler(&bench.pair.worker, at_random, times) / (double)times);
