@@ -28,8 +28,19 @@ from typing import Any
 import uvas
 
 __all__ = [
-    "RESULTS", "Ratio", "Row", "Sample", "built", "library", "load", "programs_output", "ratio", "rows_of", "sample", "write",
-]  # fmt: skip
+    "RESULTS",
+    "Ratio",
+    "Row",
+    "Sample",
+    "built",
+    "library",
+    "load",
+    "programs_output",
+    "ratio",
+    "rows_of",
+    "sample",
+    "write",
+]
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -162,7 +173,7 @@ def _compiled(source: str, to: Path, *more: str) -> Path:
 
 
 def programs_output(*command: object, **environment: object) -> list[Sample]:
-    """Run a C benchmark, with more in its environment, and return the samples that it prints, one JSON object a line."""
+    """Run a C benchmark, with more in its environment, and return the samples that it prints: JSON, one a line."""
     done = subprocess.run(
         [str(part) for part in command],
         check=True,
@@ -223,7 +234,17 @@ def _machine() -> dict[str, object]:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("uvas", "numpy", "cffi", "sortedcontainers", "intervaltree", "umf", "ray")
+    packages = (
+        "uvas",
+        "numpy",
+        "cffi",
+        "sortedcontainers",
+        "intervaltree",
+        "umf",
+        "pyopencl",
+        "pocl-binary-distribution",
+        "ray",
+    )
     present = {one.metadata["Name"].lower(): one.version for one in importlib.metadata.distributions()}
     versions = {name: present[name] for name in packages if name in present}
     return {"python": platform.python_version(), "compiler": str(sysconfig.get_config_var("CC")), **versions}

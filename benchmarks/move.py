@@ -2,10 +2,9 @@
 
 python benchmarks/move.py [--quick] [--target H1] [--umap PATH]     targets H1 to H4, H6, H7; writes results/move.json
 
-The peers are in ``c/bare*.c``: the same system calls with nothing around them, in the same run, a round of theirs before
-each of ours; and LLNL's umap where its library is given (``--umap``: it has no package; git clone
-https://github.com/LLNL/umap, cmake, make). Times of H2, H4 and H6 are for 1 MiB; the parameter is the granule, of the
-bare ways the batch.
+The peers are in ``c/bare*.c``: the same system calls with nothing around them, a round of theirs before each of ours;
+and LLNL's umap where its library is given (``--umap``: it has no package; git clone https://github.com/LLNL/umap, cmake,
+make). Times of H2, H4 and H6 are for 1 MiB; the parameter is the granule, of the bare ways the batch.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Setting = tuple[uvas.AddressSpace, uvas.ProcessDevice, uvas.Reservation]
 
 @contextmanager
 def unified(size: int, granule: int | None = None, capacity: int | None = None) -> Iterator[Setting]:
-    """A space with one private device, and `size` bytes that the host has written."""
+    """Give a space with one private device, and `size` bytes that the host has written."""
     with (
         uvas.ProcessDevice(memory="private", granule=granule, capacity=capacity) as device,
         uvas.AddressSpace([device]) as space,
@@ -51,14 +50,14 @@ def written(held: uvas.Reservation) -> None:
 
 
 def timed(function: Callable[[], object]) -> int:
-    """Nanoseconds."""
+    """Return nanoseconds."""
     began = time.perf_counter_ns()
     function()
     return time.perf_counter_ns() - began
 
 
 def worked(function: Callable[[], object]) -> int:
-    """Nanoseconds that this thread had of its processor: where it waits for nobody."""
+    """Return the nanoseconds that this thread had of its processor: where it waits for nobody."""
     began = time.thread_time_ns()
     function()
     return time.thread_time_ns() - began
@@ -83,7 +82,7 @@ class Touch:
 
 
 def by_umap(program: Path, touch: Touch, page: int, size: int, faults: int) -> list[Sample]:
-    """What LLNL's umap needs, if it is there."""
+    """Return what LLNL's umap needs, if it is there."""
     if touch.umap is None:
         return []
     more = {"UMAP_PAGESIZE": page, "UMAP_BUFSIZE": size // page + 16, "UMAP_LOG_LEVEL": "ERROR"}
@@ -94,7 +93,7 @@ def by_umap(program: Path, touch: Touch, page: int, size: int, faults: int) -> l
 
 
 def faults(touch: Touch, rounds: int, count: int) -> list[Sample]:
-    """A page that the other side has, touched: the median of many, one page a fault."""
+    """Touch pages that the other side has, one a fault: the median of many."""
     samples: list[Sample] = []
     with built("bare_faults.c") as bare, built("umap.c") as umap, unified(count * PAGE, PAGE) as (space, device, held):
         for _ in range(rounds):
@@ -112,11 +111,11 @@ def faults(touch: Touch, rounds: int, count: int) -> list[Sample]:
     return samples
 
 
-# ---- H2, H4: prefetch, and going through without it ---------------------------------------------------------------------
+# ---- H2, H4: prefetch, and going through without it ------------------------------------------------------------------
 
 
 def prefetches(rounds: int, size: int) -> list[Sample]:
-    """All of it there and back, and the fastest bare ways."""
+    """Move all of it there and back, and by the bare ways."""
     samples: list[Sample] = []
     with built("bare_paths.c") as bare:
         for _ in range(rounds):
@@ -127,7 +126,7 @@ def prefetches(rounds: int, size: int) -> list[Sample]:
 
 
 def there_and_back(size: int, granule: int) -> Iterator[Sample]:
-    """The second time: by then the directory's own pages are there."""
+    """Measure the second time: by then the directory's own pages are there."""
     with unified(size, granule) as (space, device, held):
         right = int(held.numpy("u8").sum())
         for fresh in (True, False):
@@ -141,7 +140,7 @@ def there_and_back(size: int, granule: int) -> Iterator[Sample]:
 
 
 def streams(touch: Touch, rounds: int, size: int) -> list[Sample]:
-    """A device that goes through host data, and the host after it; no prefetch asked."""
+    """Let a device go through host data, and the host after it; no prefetch asked."""
     samples: list[Sample] = []
     with built("bare_faults.c") as bare, built("umap.c") as umap:
         for _ in range(rounds):
@@ -162,34 +161,38 @@ def streams(touch: Touch, rounds: int, size: int) -> list[Sample]:
     return samples
 
 
-# ---- H3: unified memory that nobody moves ----------------------------------------------------------------------------------
+# ---- H3: unified memory that nobody moves ----------------------------------------------------------------------------
 
 
 def untouched(touch: Touch, rounds: int, size: int) -> list[Sample]:
-    """First touch and streaming, against plain memory: nothing has been submitted or prefetched."""
+    """Compare first touch and streaming with plain memory: nothing has been submitted or prefetched."""
     samples: list[Sample] = []
     for round in range(rounds):
-        with uvas.ProcessDevice(memory="private") as device, uvas.AddressSpace([device]) as space:
-            with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as plain, space.reserve(size) as held:
-                held.commit()
-                array = np.frombuffer(plain, "u8")
-                places = {"plain memory": array.ctypes.data, "unified memory": held.base}
-                turns = sorted(places.items(), reverse=bool(round % 2))
-                for what, at in turns:
-                    ns = worked(lambda at=at: touch.rising(at, size, PAGE, WRITE))
-                    samples.append(Sample("H3", f"first touch, {what}", size, ns))
-                for what, at in 3 * turns:
-                    samples.append(Sample("H3", f"streaming, {what}", size, worked(lambda at=at: touch.stream(at, size))))
-                need(space.movement().host.write_faults == 0, "somebody's faults were served")
-                del array
+        with (
+            uvas.ProcessDevice(memory="private") as device,
+            uvas.AddressSpace([device]) as space,
+            mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as plain,
+            space.reserve(size) as held,
+        ):
+            held.commit()
+            array = np.frombuffer(plain, "u8")
+            places = {"plain memory": array.ctypes.data, "unified memory": held.base}
+            del array
+            turns = sorted(places.items(), reverse=bool(round % 2))
+            for what, at in turns:
+                ns = worked(lambda at=at: touch.rising(at, size, PAGE, WRITE))
+                samples.append(Sample("H3", f"first touch, {what}", size, ns))
+            for what, at in 3 * turns:
+                samples.append(Sample("H3", f"streaming, {what}", size, worked(lambda at=at: touch.stream(at, size))))
+            need(space.movement().host.write_faults == 0, "somebody's faults were served")
     return samples
 
 
-# ---- H6: more than the device can hold -------------------------------------------------------------------------------------
+# ---- H6: more than the device can hold -------------------------------------------------------------------------------
 
 
 def sweeps(touch: Touch, rounds: int, size: int) -> list[Sample]:
-    """A device writes through twice what it can hold, again and again."""
+    """Let a device go through twice what it can hold, again and again."""
     samples: list[Sample] = []
     for _ in range(rounds):
         for granule in GRANULES:
@@ -205,11 +208,11 @@ def sweeps(touch: Touch, rounds: int, size: int) -> list[Sample]:
     return samples
 
 
-# ---- H7: what it takes -----------------------------------------------------------------------------------------------------
+# ---- H7: what it takes -----------------------------------------------------------------------------------------------
 
 
 def metadata(touch: Touch, size: int) -> dict[str, float]:
-    """Memory of directory and pager, as a part of the unified bytes, after a device has had all of them once."""
+    """Weigh directory and pager, as a part of the unified bytes, after a device has had all of them once."""
     parts = {}
     for granule in GRANULES:
         for capacity in (None, size // 2):
@@ -245,7 +248,9 @@ def comparisons(samples: list[Sample]) -> list[Ratio]:
         found.append(ratio(samples, f"{what} of 256 MiB that nobody moves", ours, [peer]))
     for how in ("write", "add", "read"):
         prefetch = ("H2 out", "prefetch", GRANULES[1])
-        first, second = (("H6", f"{sweep} sweep over twice what fits, {how}", GRANULES[1]) for sweep in ("first", "second"))
+        first, second = (
+            ("H6", f"{sweep} sweep over twice what fits, {how}", GRANULES[1]) for sweep in ("first", "second")
+        )
         found.append(ratio(samples, f"first sweep over twice what fits, {how}", first, [prefetch]))
         found.append(ratio(samples, f"second sweep over twice what fits, {how}", second, [prefetch]))
     return [one for one in found if one]

@@ -48,7 +48,10 @@ def _time(ns: float) -> str:
 
 def contentions(found: list[dict[str, Any]]) -> list[str]:
     """Return the second table: three at one word, and at one border."""
-    table = ["| host and two devices at once | memory | granule | each second | longest wait |", "|---|---|---|---|---|"]
+    table = [
+        "| host and two devices at once | memory | granule | each second | longest wait |",
+        "|---|---|---|---|---|",
+    ]
     for one in sorted(found, key=lambda one: (one["what"], one["memory"], one["granule"])):
         granule = GRANULES[one["granule"]] if one["memory"] == "private" else "-"
         table.append(
@@ -106,8 +109,20 @@ def draw() -> None:
     bars(panels[0][0], one, "one fault of 4 KiB", "us", per_mib=False)
     ways = [row for row in rows if row.id in ("H2 out", "H2 back")]
     bars(panels[0][1], ways, "64 MiB to a device (out) and to the host (back)", "GB/s", per_mib=True)
-    bars(panels[1][0], [row for row in rows if row.id == "H4"], "going through it, nothing asked for before", "GB/s", per_mib=True)
-    bars(panels[1][1], [row for row in rows if row.id == "H6"], "a device goes through twice what it holds", "GB/s", per_mib=True)
+    bars(
+        panels[1][0],
+        [row for row in rows if row.id == "H4"],
+        "going through it, nothing asked for before",
+        "GB/s",
+        per_mib=True,
+    )
+    bars(
+        panels[1][1],
+        [row for row in rows if row.id == "H6"],
+        "a device goes through twice what it holds",
+        "GB/s",
+        per_mib=True,
+    )
     figure.savefig(RESULTS / "move.svg", metadata={"Date": None})
     pyplot.close(figure)
 

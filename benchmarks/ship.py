@@ -3,7 +3,7 @@
 python benchmarks/ship.py [--quick]      target H5; writes results/ship.json
 
 The worker touches a word in each page of it: that is the least that needs all of it there, and it hides nothing behind
-arithmetic. Time is from the host having the array to the host having read a word in each page of the result. What is not
+arithmetic. Time is from the host having the array to its having read a word in each page of the result. What is not
 there (ray is no dependency of anything here: ``pip install ray``) is left out, and the JSON says so.
 """
 
@@ -66,7 +66,9 @@ def by_name(line: Connection) -> None:
     with contextlib.suppress(EOFError):
         while True:
             name = line.recv()
-            block = known.get(name) or known.setdefault(name, SharedMemory(name, track=False) if TRACKS else SharedMemory(name))
+            block = known.get(name) or known.setdefault(
+                name, SharedMemory(name, track=False) if TRACKS else SharedMemory(name)
+            )
             touch(np.frombuffer(block.buf, "i8", WORDS))
             line.send(None)
 
@@ -86,7 +88,7 @@ def worker(ending: contextlib.ExitStack, function: Callable[[Connection], None])
     return mine
 
 
-# ---- the ways: each returns what ships the array once and gives the result --------------------------------------------------
+# ---- the ways: each returns what ships the array once and gives the result -------------------------------------------
 
 Ship = Callable[[], np.ndarray]
 
@@ -169,7 +171,9 @@ def ray_store(ending: contextlib.ExitStack) -> dict[str, Ship]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=4 * SIZE, log_to_driver=False, configure_logging=False)
+    ray.init(
+        num_cpus=1, include_dashboard=False, object_store_memory=4 * SIZE, log_to_driver=False, configure_logging=False
+    )
     ending.callback(ray.shutdown)
     array = np.arange(WORDS)
 
@@ -196,7 +200,9 @@ def comparisons(samples: list[Sample]) -> list[Ratio]:
         "uvas, memory=private, prefetch": "the same, memory of its own, prefetched",
     }
     found = [
-        ratio(samples, about, ("H5", what, SIZE), [("H5", peer, SIZE)]) for what, about in ours.items() for peer in theirs
+        ratio(samples, about, ("H5", what, SIZE), [("H5", peer, SIZE)])
+        for what, about in ours.items()
+        for peer in theirs
     ]
     return [one for one in found if one]
 

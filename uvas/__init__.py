@@ -51,6 +51,7 @@ from uvas.space import AddressSpace, find
 
 if TYPE_CHECKING:
     from uvas.devices.cfunction import CFunction
+    from uvas.devices.opencl.device import OpenCLDevice
     from uvas.devices.process import ProcessDevice
     from uvas.devices.transport import by_value
 
@@ -75,6 +76,7 @@ __all__ = [
     "MapRow",
     "MovementStats",
     "NotSupportedError",
+    "OpenCLDevice",
     "OutOfMemoryError",
     "PageFlag",
     "PartyMovement",
@@ -109,6 +111,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "CFunction": "uvas.devices.cfunction",
+    "OpenCLDevice": "uvas.devices.opencl.device",
     "ProcessDevice": "uvas.devices.process",
     "by_value": "uvas.devices.transport",
 }  # what needs multiprocessing and concurrent.futures is imported when it is asked for

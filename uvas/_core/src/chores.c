@@ -246,7 +246,7 @@ static bool move_some(struct uvas_errand *request) {
         }
         int rc = move_run(request, &run, write);
         if (rc < 0) {
-            if (rc == -ENOMEM && run.count == 1) {
+            if (rc == -ESRCH || (rc == -ENOMEM && run.count == 1)) { /* its process has ended, which is heard of a moment later */
                 request->rc = rc;
                 break;
             }
@@ -264,11 +264,11 @@ static bool move_some(struct uvas_errand *request) {
 /* ---- home -------------------------------------------------------------------------------------------------------------------------------------- */
 
 static int bring_run_home(struct uvas_member *member, const struct uvas_extent *run, bool leaves) {
-    bool sole = uvas_holders(run->word) == 1u << member->party;
-    if (!sole) {
-        return leaves ? uvas_move_drop(run, member->party) : 0;
+    uint32_t holders = uvas_holders(run->word);
+    if (!leaves) { /* devices alone may share it: it is enough that the host has a copy, and needed */
+        return holders & 1u << UVAS_HOST ? 0 : uvas_move(run, UVAS_HOST, false);
     }
-    return uvas_move(run, UVAS_HOST, leaves);
+    return holders == 1u << member->party ? uvas_move(run, UVAS_HOST, true) : uvas_move_drop(run, member->party);
 }
 
 /* The first mirror at `base` or above, of this member's, or NULL. */
