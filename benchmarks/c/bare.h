@@ -143,7 +143,7 @@ static inline uint64_t bare_obey(const struct bare *b, const struct bare_work *w
     case BARE_FAULTS:
         return touch_faults(at, work->count, BARE_PAGE);
     case BARE_RISING:
-        return touch_rising(at, work->size, BARE_PAGE, TOUCH_WRITE);
+        return touch_stretches(at, work->size, BARE_PAGE, TOUCH_WRITE);
     case BARE_RANDOM:
         return touch_random(at, work->size, work->count);
     case BARE_SUM:

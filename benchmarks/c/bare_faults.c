@@ -138,7 +138,7 @@ static void granules_of(size_t touches) {
         bench.deed = MIGRATE;
         size_t size = bench.granule == BARE_PAGE ? SIZE / 8 : SIZE;
         everything_on_host(size);
-        bench_say("H4", "bare: a worker writes it all", bench.granule, (double)with_handler(&bench.pair.worker, sequential, size) / (double)(size >> 20));
+        bench_say("H4", "bare: a worker writes it all", bench.granule, (double)with_handler(&bench.pair.worker, sequential, size));
         for (size_t times = touches; times <= touches * 8; times *= 8) {
             everything_on_host(SIZE);
             (void)snprintf(what, sizeof what, "bare: a worker at random in 64 MiB, %zu touches", times);

@@ -3,7 +3,8 @@
  *
  *   bare_paths ROUNDS MEBIBYTES ways|steps
  *
- * A sample is the time for 1 MiB; its parameter is the batch, in bytes.
+ * A sample is the time for 1 MiB, by the median of stretches of TOUCH_STRETCH; its parameter is the batch, in bytes. Of two threads at work the rates
+ * are added.
  */
 #define _GNU_SOURCE
 #if defined(__x86_64__)
@@ -187,7 +188,7 @@ struct share {
     size_t begin, end, batch;
     int cpu;
     pthread_barrier_t *start;
-    uint64_t began, ended;
+    uint64_t median; /* of a stretch */
 };
 
 static void *go(void *argument) {
@@ -195,12 +196,19 @@ static void *go(void *argument) {
     bare_pin(share->cpu);
     void *spare = mmap(NULL, share->batch, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     BENCH_NEED(spare != MAP_FAILED);
+    size_t count = (share->end - share->begin) / TOUCH_STRETCH;
+    uint64_t *times = malloc(count * sizeof *times);
+    BENCH_NEED(times && count);
     (void)pthread_barrier_wait(share->start);
-    share->began = bench_ns();
-    for (size_t offset = share->begin; offset < share->end; offset += share->batch) {
-        share->way(offset, share->batch, (uintptr_t)spare);
+    for (size_t i = 0; i < count; i++) {
+        uint64_t began = bench_ns();
+        for (size_t done = 0; done < TOUCH_STRETCH; done += share->batch) {
+            share->way(share->begin + i * TOUCH_STRETCH + done, share->batch, (uintptr_t)spare);
+        }
+        times[i] = bench_ns() - began;
     }
-    share->ended = bench_ns();
+    share->median = touch_median(times, count);
+    free(times);
     BENCH_NEED(munmap(spare, share->batch) == 0);
     return NULL;
 }
@@ -212,17 +220,16 @@ static double by_threads(way *one, size_t batch, size_t threads) {
     size_t part = pair.size / threads;
     BENCH_NEED(pthread_barrier_init(&start, NULL, (unsigned)threads) == 0);
     for (size_t i = 0; i < threads; i++) {
-        shares[i] = (struct share){one, i * part, (i + 1) * part, batch, (int)i, &start, 0, 0};
+        shares[i] = (struct share){one, i * part, (i + 1) * part, batch, (int)i, &start, 0};
         BENCH_NEED(pthread_create(&each[i], NULL, go, &shares[i]) == 0);
     }
-    uint64_t began = UINT64_MAX, ended = 0;
+    double stretches_a_ns = 0;
     for (size_t i = 0; i < threads; i++) {
         (void)pthread_join(each[i], NULL);
-        began = shares[i].began < began ? shares[i].began : began;
-        ended = shares[i].ended > ended ? shares[i].ended : ended;
+        stretches_a_ns += 1 / (double)shares[i].median;
     }
     (void)pthread_barrier_destroy(&start);
-    return (double)(ended - began) / (double)(pair.size >> 20);
+    return 1 / stretches_a_ns / (double)(TOUCH_STRETCH >> 20);
 }
 
 /* Where the bytes are afterwards, for those ways that bring them somewhere. */

@@ -16,6 +16,10 @@ API uint64_t at_random(uintptr_t at, uint64_t size, uint64_t count) {
     return touch_random(at, size, count);
 }
 
+API uint64_t stretches(uintptr_t at, uint64_t size, uint64_t step, uint64_t how) {
+    return touch_stretches(at, size, step, (enum touch_how)how);
+}
+
 API uint64_t sum(uintptr_t at, uint64_t size) {
     return touch_sum(at, size);
 }

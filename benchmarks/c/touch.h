@@ -9,6 +9,11 @@ static inline int touch_compare(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
+static inline uint64_t touch_median(uint64_t *times, size_t count) {
+    qsort(times, count, sizeof *times, touch_compare);
+    return times[count / 2];
+}
+
 /* Write a word in each of `count` pages, `step` bytes apart, from the last one to the first (no stream of rising addresses), and return the median of
  * the times: what one fault takes. */
 static inline uint64_t touch_faults(uintptr_t at, size_t count, size_t step) {
@@ -20,8 +25,7 @@ static inline uint64_t touch_faults(uintptr_t at, size_t count, size_t step) {
         *word = began;
         times[i] = bench_ns() - began;
     }
-    qsort(times, count, sizeof *times, touch_compare);
-    uint64_t median = times[count / 2];
+    uint64_t median = touch_median(times, count);
     free(times);
     return median;
 }
@@ -39,6 +43,21 @@ static inline uint64_t touch_rising(uintptr_t at, size_t size, size_t step, enum
         }
     }
     return bench_ns() - began;
+}
+
+#define TOUCH_STRETCH ((size_t)4 << 20)
+
+/* The same, stretch by stretch, for 1 MiB: the median of the stretches, so that a machine with other work to do disturbs few of them. */
+static inline uint64_t touch_stretches(uintptr_t at, size_t size, size_t step, enum touch_how how) {
+    size_t count = size / TOUCH_STRETCH;
+    uint64_t *times = malloc(count * sizeof *times);
+    BENCH_NEED(times && count);
+    for (size_t i = 0; i < count; i++) {
+        times[i] = touch_rising(at + i * TOUCH_STRETCH, TOUCH_STRETCH, step, how);
+    }
+    uint64_t median = touch_median(times, count) / (TOUCH_STRETCH >> 20);
+    free(times);
+    return median;
 }
 
 static inline uint64_t touch_random(uintptr_t at, size_t size, size_t count) {
