@@ -134,12 +134,18 @@ def there_and_back(size: int, granule: int) -> Iterator[Sample]:
     with unified(size, granule) as (space, device, held):
         right = int(held.numpy("u8").sum())
         for fresh in (True, False):
+            began = time.process_time_ns()
             out = stretched(lambda part: space.prefetch(part, device), held)
+            turned = time.process_time_ns()
             need(bool((space.where(held) == uvas.PageFlag.device(1)).all()), "not all of it went")
+            returning = time.process_time_ns()
             back = stretched(lambda part: space.prefetch(part, "host"), held)
+            ended = time.process_time_ns()
             if not fresh:
                 yield Sample("H2 out", "prefetch", granule, out)
+                yield Sample("H2 out, processor", "prefetch", granule, (turned - began) / (size / MIB))
                 yield Sample("H2 back", "prefetch", granule, back)
+                yield Sample("H2 back, processor", "prefetch", granule, (ended - returning) / (size / MIB))
         need(int(held.numpy("u8").sum()) == right, "the bytes came back wrong")
 
 
@@ -253,7 +259,12 @@ def comparisons(samples: list[Sample]) -> list[Ratio]:
     ways = {(one.id, one.what, one.parameter) for one in samples if one.id.startswith("H2") and "bare" in one.what}
     for granule in GRANULES:
         size = f"{granule >> 10} KiB" if granule < MIB else f"{granule // MIB} MiB"
-        for id, about in (("H2 out", "prefetch to a device"), ("H2 back", "prefetch to the host")):
+        for id, about in (
+            ("H2 out", "prefetch to a device"),
+            ("H2 out, processor", "processor time of a prefetch to a device"),
+            ("H2 back", "prefetch to the host"),
+            ("H2 back, processor", "processor time of a prefetch to the host"),
+        ):
             peers = [way for way in ways if way[0] == id]
             found.append(ratio(samples, f"{about}, granules of {size}", (id, "prefetch", granule), peers))
         for what in ("a device writes it all", "a device reads it all"):

@@ -25,7 +25,7 @@ GRANULES = {4 << 10: "4 KiB", 64 << 10: "64 KiB", 2 << 20: "2 MiB"}
 
 def line(one: dict[str, Any]) -> str:
     """Return one comparison in Markdown."""
-    shown = _speed if one["about"].startswith(PER_MIB) else _time
+    shown = _speed if one["about"].startswith(PER_MIB) else _time_a_mib if "processor" in one["about"] else _time
     ratios = [one["ratio"], one["low"], one["high"]]
     few = 3 if ratios[0] < 0.1 else 2
     middle, low, high = (f"{value:.{few}f}" for value in ratios)
@@ -37,6 +37,10 @@ def line(one: dict[str, Any]) -> str:
 
 def _speed(ns_a_mib: float) -> str:
     return f"{MIB / ns_a_mib:.2f} GB/s"
+
+
+def _time_a_mib(ns_a_mib: float) -> str:
+    return f"{_time(ns_a_mib)} a MiB"
 
 
 def _time(ns: float) -> str:

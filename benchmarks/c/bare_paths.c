@@ -4,7 +4,7 @@
  *   bare_paths ROUNDS MEBIBYTES ways|steps
  *
  * A sample is the time for 1 MiB, by the median of stretches of TOUCH_STRETCH; its parameter is the batch, in bytes. Of two threads at work the rates
- * are added.
+ * are added. Of one thread a second sample, "processor", is what it had of its processor, all stretches together.
  */
 #define _GNU_SOURCE
 #if defined(__x86_64__)
@@ -188,7 +188,7 @@ struct share {
     size_t begin, end, batch;
     int cpu;
     pthread_barrier_t *start;
-    uint64_t median; /* of a stretch */
+    uint64_t median, processor; /* of a stretch; of all of them */
 };
 
 static void *go(void *argument) {
@@ -200,6 +200,7 @@ static void *go(void *argument) {
     uint64_t *times = malloc(count * sizeof *times);
     BENCH_NEED(times && count);
     (void)pthread_barrier_wait(share->start);
+    uint64_t before = bench_processor_ns();
     for (size_t i = 0; i < count; i++) {
         uint64_t began = bench_ns();
         for (size_t done = 0; done < TOUCH_STRETCH; done += share->batch) {
@@ -207,26 +208,29 @@ static void *go(void *argument) {
         }
         times[i] = bench_ns() - began;
     }
+    share->processor = bench_processor_ns() - before;
     share->median = touch_median(times, count);
     free(times);
     BENCH_NEED(munmap(spare, share->batch) == 0);
     return NULL;
 }
 
-static double by_threads(way *one, size_t batch, size_t threads) {
+static double by_threads(way *one, size_t batch, size_t threads, double *processor) {
     pthread_t each[2];
     struct share shares[2];
     pthread_barrier_t start;
     size_t part = pair.size / threads;
     BENCH_NEED(pthread_barrier_init(&start, NULL, (unsigned)threads) == 0);
     for (size_t i = 0; i < threads; i++) {
-        shares[i] = (struct share){one, i * part, (i + 1) * part, batch, (int)i, &start, 0};
+        shares[i] = (struct share){one, i * part, (i + 1) * part, batch, (int)i, &start, 0, 0};
         BENCH_NEED(pthread_create(&each[i], NULL, go, &shares[i]) == 0);
     }
     double stretches_a_ns = 0;
+    *processor = 0;
     for (size_t i = 0; i < threads; i++) {
         (void)pthread_join(each[i], NULL);
         stretches_a_ns += 1 / (double)shares[i].median;
+        *processor += (double)shares[i].processor / (double)(pair.size >> 20);
     }
     (void)pthread_barrier_destroy(&start);
     return 1 / stretches_a_ns / (double)(TOUCH_STRETCH >> 20);
@@ -266,7 +270,13 @@ static void measure(const struct path *path, size_t batch, size_t threads, uint6
     char what[96];
     path->before();
     (void)snprintf(what, sizeof what, "%s%s", path->what, threads == 2 ? ", two threads" : "");
-    bench_say(path->id, what, batch, by_threads(path->way, batch, threads));
+    double processor, ns = by_threads(path->way, batch, threads, &processor);
+    bench_say(path->id, what, batch, ns);
+    if (threads == 1) {
+        char id[32];
+        (void)snprintf(id, sizeof id, "%s, processor", path->id);
+        bench_say(id, what, batch, processor);
+    }
     if (path->arrives == AT_WORKER) {
         BENCH_NEED(bare_ask(&pair, (struct bare_work){.order = BARE_SUM, .size = pair.size}) == right);
     } else if (path->arrives == AT_HOST) {
