@@ -447,15 +447,25 @@ int uvas_move_drop(const struct uvas_extent *run, uint32_t party) {
     return rc;
 }
 
+/* The marks in a device's page tables by which it would be told of a loss: only a page takes their place, and then it goes. */
+static int unmark(const struct uvas_extent *run, uint32_t party) {
+    const struct uvas_store *store = &run->mirror->stores[party];
+    int rc = uvas_vm_allocate(store->fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+    rc = rc < 0 ? rc : map(run, party, true);
+    int gone_again = uvas_vm_punch(store->fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+    return rc < 0 ? rc : gone_again;
+}
+
 int uvas_move_discard(const struct uvas_extent *run) {
     uint32_t holders = uvas_holders(run->word), word = run->word;
     int rc = 0;
     for (uint32_t party = 1; party < UVAS_PARTIES; party++) {
-        int punched = holders >> party & 1 ? punch(run, party) : 0;
+        bool marked = (word & UVAS_LOST) && run->mirror->stores[party].alias;
+        int punched = holders >> party & 1 ? punch(run, party) : marked ? unmark(run, party) : 0;
         rc = punched < 0 ? punched : rc;
         word &= (holders >> party & 1) && punched == 0 ? ~(1u << party) : UINT32_MAX;
     }
-    rc = rc < 0 ? rc : drop_host(run); /* and marks of what was lost */
+    rc = rc < 0 ? rc : drop_host(run); /* and its marks of what was lost */
     if (rc == 0) {
         word = (word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED | UVAS_LOST)) | (run->mirror->armed ? 0u : UVAS_MODIFIED | 1u << UVAS_HOST);
     }
