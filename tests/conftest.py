@@ -9,6 +9,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 
+import mirror
 import pytest
 from machine import mappings
 
@@ -18,9 +19,11 @@ import uvas
 def pytest_configure(config: pytest.Config) -> None:
     """Take interrupts, whoever started the tests: a shell lets what it starts in the background ignore them.
 
-    And let what OpenCL compiles go where it is thrown away: PoCL and pyopencl keep it at home otherwise.
+    And keep stderr for watchdogs: later it is captured, and what a process says that ends at once is lost. And let what
+    OpenCL compiles go where it is thrown away: PoCL and pyopencl keep it at home otherwise.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    mirror.stderr = os.dup(2)
     cache = tempfile.mkdtemp(prefix="uvas-opencl-")
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     os.environ.update(POCL_CACHE_DIR=cache, PYOPENCL_NO_CACHE="1")

@@ -118,6 +118,38 @@ def test_a_driver_s_buffers_at_addresses_of_an_arena() -> None:
     assert out.endswith("all is one hole again: True\nreleased\n")
 
 
+def test_an_index_that_two_devices_probe() -> None:
+    out = run(sys.executable, "-W", "error", str(EXAMPLES / "hash_index.py"), "20000")
+    assert "all of them right: True" in out
+    faults = re.findall(r"^   (host|left|right): (\d+) faults, (\d+) KiB came in", out, re.MULTILINE)
+    assert [name for name, _, _ in faults] == ["host", "left", "right"] * 2
+    assert all(int(count) > 0 for _, count, _ in faults)
+    table = int(re.search(r"the table of keys, (\d+) KiB, stayed", out)[1])  # type: ignore[index]
+    again = int(re.search(r"by the host (\d+) KiB came to left anew", out)[1])  # type: ignore[index]
+    assert table == 512
+    assert 0 < again < 2 * table + 1024
+
+
+def test_a_plate_in_two_halves() -> None:
+    out = run(sys.executable, "-W", "error", str(EXAMPLES / "stencil.py"), "10", "128").splitlines()
+    assert out[0].endswith("1 MiB: 11111111111111112222222222222222")
+    assert re.fullmatch(r"after 10 steps: +1{15}[1+][2+]2{15}", out[1])
+    rows = re.search(r": (\d+\.\d) rows a step, of 128", out[2])
+    assert rows, out
+    assert 1 <= float(rows[1]) <= 4  # one row each way, and what a write makes of a copy
+    assert out[3].startswith("the same, to the bit, as the host alone: True")
+
+
+def test_a_sort_of_more_than_the_device_holds() -> None:
+    out = run(sys.executable, "-W", "error", str(EXAMPLES / "out_of_core_sort.py"), "24", "8")
+    assert "24 MiB of data, 8 MiB of device memory" in out
+    assert "6 runs, 24 pieces, all in order" in out
+    moved = re.search(r"(\d+) MiB came to the device and (\d+) MiB went back, in (\d+) faults; (\d+) evictions", out)
+    assert moved, out
+    assert int(moved[1]) >= 3 * 24 - 8  # to be sorted, to be gathered, and what is written
+    assert int(moved[4]) > 0
+
+
 def test_many_libraries_over_one_memory() -> None:
     out = run(sys.executable, str(EXAMPLES / "exchange.py"))
     assert "NumPy" in out
@@ -218,6 +250,18 @@ def test_the_demo_verifies_what_it_claims() -> None:
     assert outcome["squatter_blocks"] > 0
     assert outcome["squatter_bytes_lost"] == 0
     assert outcome["audit_findings"] == 0
+    assert outcome["moving_refused"] == ""
+    assert outcome["moving_faults"] > 0
+    assert outcome["moving_evictions"] > 0
+    pictures = dict(enumerate(outcome["moving_pictures"]))
+    assert pictures[1] == "H" * 64
+    assert pictures[2] == "+" * 8 + "H" * 56
+    assert pictures[3] == "L" * 8 + "H" * 56
+    assert pictures[4] == "L" * 8 + "H" * 24 + "R" * 32
+    assert pictures[5] == "+" * 8 + "H" * 24 + "R" * 32
+    assert pictures[7].count("+") >= 8
+    assert pictures[8] == "H" * 64
+    assert pictures[9] == "+" * 64
     assert outcome["clobber_lost"] > 0 or outcome["clobber_deaths"]
 
 

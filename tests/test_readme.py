@@ -18,6 +18,7 @@ PRINTED = (  # by each piece of Python in turn: one pattern a line
     (r"1040\.0 41\.0", r"<Reservation \[0x[0-9a-f]+, 0x[0-9a-f]+\) of '.*'>"),
     (r"1000\.0", "True False", r"True 9000\.0", r"5\.0 True"),
     ("True", ".* is not freed under 1 live array", "1000 64000", r"1048576 1048576 \d+ \d+", r"\d+"),
+    ("True", "True", r"262144\.0", "1 1"),
     (
         r"7\.0 7\.0",
         r"\(.*\) \('fine_grain_system',\)",

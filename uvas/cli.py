@@ -34,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="the main job on real input, in under 20 seconds",
         description="Reserve matching ranges on the host and on two devices while others map there too, let the "
-        "devices follow the host's pointers, then show what MAP_FIXED does in the same race. The exit code is 0 only "
-        "if everything that is claimed was verified.",
+        "devices follow the host's pointers, show memory that moves to whoever touches it, then what MAP_FIXED does in "
+        "the same race. The exit code is 0 only if everything that is claimed was verified.",
     )
     demo.add_argument("--json", action="store_true", help=_JSON)
     demo.add_argument("--opencl", action="store_true", help="let an OpenCL kernel follow the pointers too")

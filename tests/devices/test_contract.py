@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from builtins import range as pages_from  # the contract's parameter is called range
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import on_device
 import opencl_in_tests
@@ -20,6 +20,7 @@ class Party(Protocol):
     """A device, and what the tests must know of it to judge."""
 
     device: uvas.Device
+    backing: str  # of a space for devices of its kind
 
     def holds(self, range: uvas.Range) -> bool:
         """Whether the range, all of it, is held there and nothing is committed in it."""
@@ -36,6 +37,8 @@ class Party(Protocol):
 
 class Table:
     """A plain Python device."""
+
+    backing = "memfd"
 
     def __init__(self, name: str) -> None:
         self.device = TableDevice(name)
@@ -61,8 +64,11 @@ class Table:
 class Process:
     """A worker process."""
 
+    backing = "memfd"
+    options: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, name: str) -> None:
-        self.device = uvas.ProcessDevice(name=name)
+        self.device = uvas.ProcessDevice(name=name, **self.options)
         self._tag = f"/memfd:uvas:{name} "
 
     def _mappings(self, range: uvas.Range) -> list[Mapping]:
@@ -86,8 +92,17 @@ class Process:
         return self.device.run(on_device.planted_is_intact, range.base, range.size)
 
 
+class PrivateProcess(Process):
+    """A worker process with memory of its own."""
+
+    backing = "anonymous"
+    options: ClassVar[dict[str, Any]] = {"memory": "private", "granule": PAGE}
+
+
 class OpenCL:
     """An OpenCL device, which follows the host: what is held is what the host holds."""
+
+    backing = "memfd"
 
     def __init__(self, name: str) -> None:
         self.device = opencl_in_tests.device(name)
@@ -119,7 +134,7 @@ class OpenCL:
         raise AssertionError("nothing was put there")
 
 
-PARTIES = {"table": Table, "process": Process, "opencl": OpenCL}
+PARTIES = {"table": Table, "process": Process, "private": PrivateProcess, "opencl": OpenCL}
 
 
 @pytest.fixture(params=list(PARTIES))
@@ -166,7 +181,7 @@ def test_a_reservation_is_held_there_and_given_back(party):
 
 
 def test_what_is_committed_is_committed_there(party):
-    with uvas.AddressSpace([party.device], backing="memfd") as space, space.reserve(8 * PAGE) as held:
+    with uvas.AddressSpace([party.device], backing=party.backing) as space, space.reserve(8 * PAGE) as held:
         held.commit(PAGE, 4 * PAGE)
         part = uvas.Range(held.base + PAGE, 4 * PAGE)
         assert party.committed(part) == "rw"
@@ -230,7 +245,7 @@ def test_all_parties_agree_or_nobody_holds(make):
 def test_a_device_that_comes_later_gets_what_is_there(party, make):
     later = make("latecomer")
     with (
-        uvas.AddressSpace([party.device], backing="memfd") as space,
+        uvas.AddressSpace([party.device], backing=party.backing) as space,
         space.reserve(4 * PAGE) as first,
         space.reserve(4 * PAGE) as second,
     ):
@@ -249,7 +264,7 @@ def test_a_device_that_comes_later_gets_what_is_there(party, make):
 
 def test_a_device_that_comes_later_and_refuses_gets_nothing(make):
     later = make("latecomer")
-    with uvas.AddressSpace(backing="memfd") as space:
+    with uvas.AddressSpace(backing=later.backing) as space:
         ranges = [space.reserve(PAGE) for _ in range(5)]
         for held in ranges:
             held.commit()
@@ -278,7 +293,7 @@ def test_many_threads_reserve_at_once(make):
         except BaseException as error:
             failures.append(error)
 
-    with uvas.AddressSpace([one.device for one in devices], backing="memfd") as space:
+    with uvas.AddressSpace([one.device for one in devices], backing=devices[0].backing) as space:
         threads = [threading.Thread(target=work, args=(space,)) for _ in range(6)]
         for thread in threads:
             thread.start()
@@ -329,7 +344,7 @@ def test_a_refused_claim_changes_nothing(party):
 
 
 def test_unclaim_gives_back_what_is_committed_too(party):
-    with uvas.AddressSpace([party.device], backing="memfd") as space, space.reserve(2 * PAGE) as held:
+    with uvas.AddressSpace([party.device], backing=party.backing) as space, space.reserve(2 * PAGE) as held:
         held.commit()
         space.detach(party.device)
         assert party.committed(held.range) is None

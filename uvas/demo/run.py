@@ -7,7 +7,8 @@
    same pointers, answer queries,
    and write the totals where the host reads them. With ``--opencl`` so does a kernel.
 3. The audit, and the map of the window.
-4. The same race with the destructive MAP_FIXED, in a child process.
+4. Memory that moves to whoever touches it: where the pages of an array are, step by step.
+5. The race of the first act with the destructive MAP_FIXED, in a child process.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 from rich.console import Console
 
 from uvas import AddressSpace, Device, NotSupportedError, OpenCLDevice, ProcessDevice, Range, Reservation
-from uvas.demo import index, kernel
+from uvas.demo import index, kernel, moving
 from uvas.demo.squatters import Squatters, map_at
 from uvas.maps.kernel import read_mappings
 from uvas.report import Holding, draw_map, foreign_holdings, format_size
@@ -63,6 +64,11 @@ class Outcome:
     right_answers: int = 0
     right_in_kernels: int = 0
     audit_findings: int = 0
+    moved_bytes: int = 0
+    moving_faults: int = 0
+    moving_evictions: int = 0
+    moving_pictures: tuple[str, ...] = ()
+    moving_refused: str = ""
     clobber_maps: int = 0
     clobber_lost: int = 0
     clobber_deaths: list[str] = field(default_factory=list)
@@ -102,6 +108,7 @@ def _main(as_json: bool, picture: str | None, kernels: OpenCLDevice | None) -> i
         )
         outcome.claim(squatters.taken > 0, "no squatter was in the way")
         outcome.claim(squatters.lost == 0, f"{squatters.lost} sentinels of squatters were lost")
+    _move(console, outcome)
     _show_harm(console, outcome)
     outcome.seconds = round(time.monotonic() - started, 2)
     if as_json:
@@ -226,8 +233,26 @@ def _look(console: Console, outcome: Outcome, space: AddressSpace, ranges: list[
     console.print(f"   audit: {outcome.audit_findings} differences between the registry and the kernel")
 
 
+def _move(console: Console, outcome: Outcome) -> None:
+    console.rule("4. Memory that moves to whoever touches it")
+    try:
+        moved = moving.show(console)
+    except NotSupportedError as refusal:
+        outcome.moving_refused = str(refusal)
+        console.print(f"   not to be shown here: {refusal}")
+        return
+    outcome.moved_bytes, outcome.moving_faults = moved.bytes_in, moved.faults
+    outcome.moving_evictions, outcome.moving_pictures = moved.evictions, moved.pictures
+    console.print(
+        f"   {moved.faults} faults and one prefetch moved {format_size(moved.bytes_in)}; "
+        f"{moved.evictions} granules had to leave L for others"
+    )
+    outcome.claim(moved.right, "somebody saw other words than were written")
+    outcome.claim(moved.bytes_in > 0, "nothing moved")
+
+
 def _show_harm(console: Console, outcome: Outcome) -> None:
-    console.rule("4. The same race with MAP_FIXED")
+    console.rule("5. The race of the first act, with MAP_FIXED")
     began = time.monotonic()
     while (spent := time.monotonic() - began) < _CLOBBER_SECONDS_MOST:
         harmed = outcome.clobber_lost or outcome.clobber_deaths

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uvas import AddressInUseError, AddressSpace, ProcessDevice
+from uvas import AddressInUseError, AddressSpace, NotSupportedError, ProcessDevice
 from uvas.devices.launch import how_it_ended
 from uvas.devices.opencl import platforms
 from uvas.doctor import drivers
@@ -24,6 +24,8 @@ _SIZE = 1 << 20
 _PATIENCE_S = 20.0  # with a driver
 _COMPLAINT = 200  # characters
 _SENTINEL = b"not uvas"
+_PRIVATE = "private memory"
+"""What `check_private` is called beside ProcessDevice, whose memory is shared."""
 _GPUS = {"CUDA": "CudaDevice", "HIP": "HipDevice"}
 """What is not built yet, by kind."""
 
@@ -61,6 +63,7 @@ def check_devices() -> list[DeviceCheck]:
     """Look at each kind of device that uvas knows or is asked about, and try it."""
     return [
         check_process(),
+        check_private(),
         _check_gpu("CUDA", "cuda", ("/dev/nvidiactl", "/dev/nvidia-uvm", "/proc/driver/nvidia/version")),
         _check_gpu("HIP", "hip", ("/dev/kfd",)),
         check_opencl(),
@@ -96,6 +99,41 @@ def check_process() -> DeviceCheck:
     if not right:
         return DeviceCheck("ProcessDevice", advertised, "it did not see the host's memory", "missing", "report it")
     return DeviceCheck("ProcessDevice", advertised, f"{probed}, in {time.monotonic() - began:.2f} s", "good", "")
+
+
+def _add_one_to_each(words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
+    """Write, in the worker, into memory that moves there."""
+    words += 1
+
+
+def check_private() -> DeviceCheck:
+    """Let a worker with memory of its own write, and see the pages move there and come back when they are touched."""
+    advertised = "userfaultfd: see above"
+    began = time.monotonic()
+    try:
+        with (
+            ProcessDevice(name="doctor", memory="private") as device,
+            AddressSpace([device], name="doctor") as space,
+            space.reserve(_SIZE) as held,
+        ):
+            held.commit()
+            words = held.numpy(np.uint64)
+            words[:] = 41
+            device.run(_add_one_to_each, words)
+            there = space.movement().devices["doctor"].bytes_in
+            right = bool((words == 42).all()) and there >= _SIZE
+            back = space.movement().host.bytes_in
+            probed = f"{format_size(there)} moved to process {device.pid} on touch, {format_size(back)} came back"
+            del words
+    except NotSupportedError as refusal:
+        remedy = refusal.remedy or 'see userfaultfd above; memory="shared" works'
+        return DeviceCheck(_PRIVATE, advertised, refusal.reason, "missing", remedy)
+    except (OSError, MemoryError, RuntimeError) as refusal:
+        remedy = "allow processes and descriptors (ulimit -u, ulimit -n), and see the limits"
+        return DeviceCheck(_PRIVATE, advertised, f"{refusal}", "missing", remedy)
+    if not right:
+        return DeviceCheck(_PRIVATE, advertised, "the memory did not move, or not whole", "missing", "report it")
+    return DeviceCheck(_PRIVATE, advertised, f"{probed}, in {time.monotonic() - began:.2f} s", "good", "")
 
 
 def check_opencl() -> DeviceCheck:

@@ -246,7 +246,7 @@ static bool move_some(struct uvas_errand *request) {
         }
         int rc = move_run(request, &run, write);
         if (rc < 0) {
-            if (rc == -ENOMEM && run.count == 1) {
+            if (rc == -ESRCH || (rc == -ENOMEM && run.count == 1)) { /* its process has ended, which is heard of a moment later */
                 request->rc = rc;
                 break;
             }

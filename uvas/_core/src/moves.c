@@ -447,25 +447,32 @@ int uvas_move_drop(const struct uvas_extent *run, uint32_t party) {
     return rc;
 }
 
-/* The marks in a device's page tables by which it would be told of a loss: only a page takes their place, and then it goes. */
-static int unmark(const struct uvas_extent *run, uint32_t party) {
-    const struct uvas_store *store = &run->mirror->stores[party];
-    int rc = uvas_vm_allocate(store->fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
-    rc = rc < 0 ? rc : map(run, party, true);
-    int gone_again = uvas_vm_punch(store->fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
-    return rc < 0 ? rc : gone_again;
+/* The marks that a device's pages are broken give way to a copy only, which goes as soon as it is there. */
+static void forget_broken(const struct uvas_extent *run) {
+    uvas_mate_wait();
+    for (uint32_t party = 1; party < UVAS_PARTIES; party++) {
+        const struct uvas_store *store = &run->mirror->stores[party];
+        struct uvas_member *member = member_of(run, party);
+        if (store->alias && member && !member->dead) {
+            (void)uvas_copy_protected(member->faults, uvas_extent_base(run), staged(run), uvas_extent_bytes(run));
+            (void)uvas_vm_punch_surely(store->fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+        }
+    }
+    (void)uvas_vm_drop_surely((uintptr_t)staged(run), uvas_extent_bytes(run));
 }
 
 int uvas_move_discard(const struct uvas_extent *run) {
     uint32_t holders = uvas_holders(run->word), word = run->word;
     int rc = 0;
     for (uint32_t party = 1; party < UVAS_PARTIES; party++) {
-        bool marked = (word & UVAS_LOST) && run->mirror->stores[party].alias;
-        int punched = holders >> party & 1 ? punch(run, party) : marked ? unmark(run, party) : 0;
+        int punched = holders >> party & 1 ? punch(run, party) : 0;
         rc = punched < 0 ? punched : rc;
         word &= (holders >> party & 1) && punched == 0 ? ~(1u << party) : UINT32_MAX;
     }
-    rc = rc < 0 ? rc : drop_host(run); /* and its marks of what was lost */
+    rc = rc < 0 ? rc : drop_host(run); /* and marks of what was lost */
+    if (rc == 0 && word & UVAS_LOST) {
+        forget_broken(run);
+    }
     if (rc == 0) {
         word = (word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED | UVAS_LOST)) | (run->mirror->armed ? 0u : UVAS_MODIFIED | 1u << UVAS_HOST);
     }
@@ -484,19 +491,23 @@ static int repair_host(struct uvas_extent *run) {
     return rc < 0 ? rc : unprotect(run, UVAS_HOST);
 }
 
-/* Whoever touches the page is told. A mark of protection, which an empty place may have kept, is in the way of the other mark. */
-static long poison(int faults, uintptr_t address) {
+/* A mark of protection that outlived its page is in the way of the mark that the page is broken. */
+static int poison(const struct uvas_extent *run, uint32_t party, uintptr_t address) {
+    int faults = party == UVAS_HOST ? our.faults : member_of(run, party)->faults;
     size_t page = uvas_vm_platform.page_size;
     long rc = uvas_fault_poison(faults, address, page);
-    return rc == -EEXIST && uvas_fault_unprotect(faults, address, page) == 0 ? uvas_fault_poison(faults, address, page) : rc;
+    if (rc == -EEXIST) {
+        (void)uvas_fault_unprotect(faults, address, page);
+        rc = uvas_fault_poison(faults, address, page);
+    }
+    return rc < 0 && rc != -EEXIST && !gone(rc) ? (int)rc : 0;
 }
 
 int uvas_move_repair(struct uvas_mirror *mirror, uint32_t granule, uint32_t party, uintptr_t address) {
     struct uvas_extent run = uvas_extent_from(mirror, granule, 1);
     bool writable = (run.word & UVAS_MODIFIED) != 0;
     if (run.word & UVAS_LOST) {
-        long rc = poison(party == UVAS_HOST ? our.faults : member_of(&run, party)->faults, address);
-        return rc < 0 && rc != -EEXIST && !gone(rc) ? (int)rc : 0;
+        return poison(&run, party, address);
     }
     if (party == UVAS_HOST) {
         return repair_host(&run);
