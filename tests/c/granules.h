@@ -46,10 +46,10 @@ __attribute__((format(printf, 1, 2))) static inline void step(const char *format
     (void)alarm(STEP_S);
 }
 
-static inline void hangs(int signal) {
-    static const char said[] = "hangs: ";
-    (void)signal;
-    (void)!write(2, said, sizeof said - 1);
+/* What it was at, for a person: it hangs (SIGALRM), or something is not so (SIGABRT). */
+static inline void tells(int signal) {
+    const char *what = signal == SIGALRM ? "hangs: " : "at: ";
+    (void)!write(2, what, strlen(what));
     (void)!write(2, doing, strlen(doing));
     (void)!write(2, "\n", 1);
     _exit(1);
@@ -197,23 +197,27 @@ static inline struct uvas_traffic traffic_of(const struct scene *scene, uint32_t
     return (struct uvas_traffic){0};
 }
 
-/* A party that has a granule, as it is said, reads it without anything being moved to it; and each device has as many bytes as it is said to have. */
+/* The party reads all that it is said to have. Returns how many bytes were moved to it for that. */
+static inline uint64_t moved_for(struct scene *scene, uint32_t party) {
+    uint64_t held = 0, before = traffic_of(scene, party).bytes_in;
+    for (uint32_t g = 0; g < scene->granules; g++) {
+        if (where_is(scene, g) >> party & 1) {
+            see(scene, party, g);
+            held += scene->granule;
+        }
+    }
+    struct uvas_traffic now = traffic_of(scene, party);
+    CHECK(party == 0 || now.bytes_in != before || now.resident_bytes == held);
+    return now.bytes_in - before;
+}
+
+/* What a party is said to have it reads without anything being moved; and each device has as many bytes as it is said to have. Looked at twice: the
+ * pager's helper, which ends the sharing of a page with a child of fork by writing there, may be late. */
 static inline void where_is_true(struct scene *scene) {
     for (uint32_t party = 0; party < PARTIES; party++) {
-        uint64_t held = 0;
-        if (party > 0 && (!scene->devices[party] || crew[party].dead)) {
-            continue;
+        if (party == 0 || (scene->devices[party] && !crew[party].dead)) {
+            CHECK(moved_for(scene, party) == 0 || moved_for(scene, party) == 0);
         }
-        uint64_t before = traffic_of(scene, party).bytes_in;
-        for (uint32_t g = 0; g < scene->granules; g++) {
-            if (where_is(scene, g) >> party & 1) {
-                see(scene, party, g);
-                held += scene->granule;
-            }
-        }
-        struct uvas_traffic now = traffic_of(scene, party);
-        CHECK(now.bytes_in == before);
-        CHECK(party == 0 || now.resident_bytes == held);
     }
 }
 
@@ -247,7 +251,7 @@ static inline int run_tests(int count, char **arguments, const struct test *test
     for (size_t i = 0; i < tests_count; i++) {
         if (count < 2 || strcmp(arguments[1], tests[i].name) == 0) {
             double began = seconds_now();
-            (void)signal(SIGALRM, hangs);
+            CHECK(signal(SIGALRM, tells) != SIG_ERR && signal(SIGABRT, tells) != SIG_ERR);
             step("%s", tests[i].name);
             tests[i].run();
             printf("ok %s %.1f s\n", tests[i].name, seconds_now() - began);
