@@ -114,32 +114,40 @@ static const struct movement movements[] = {
 
 /* ---- failing ------------------------------------------------------------------------------------------------------------------------------ */
 
-static atomic_bool lasting, struck, over;
-static _Atomic uint64_t struck_at;
+static pthread_mutex_t knob = PTHREAD_MUTEX_INITIALIZER; /* guards the next four, and uvas_test_fail */
+static uint64_t struck_at;
+static bool lasting, struck;
+static double since;
+static atomic_bool over;
 
 static void fail_from(uint64_t k, int error, bool lasts) {
-    atomic_store(&struck, false);
-    atomic_store(&struck_at, k);
+    (void)pthread_mutex_lock(&knob);
+    struck = false;
+    struck_at = k;
+    lasting = lasts;
+    since = seconds_now();
     uvas_test_fail(k, error, lasts);
-    atomic_store(&lasting, lasts);
+    (void)pthread_mutex_unlock(&knob);
 }
 
-static void fail_no_more(void) {
-    if (uvas_test_calls() >= atomic_load(&struck_at)) {
-        atomic_store(&struck, true);
+/* Whether the k-th call was come to. */
+static bool fail_no_more(double patience_s) {
+    (void)pthread_mutex_lock(&knob);
+    if (patience_s == 0 || (lasting && seconds_now() - since > patience_s)) {
+        struck |= uvas_test_calls() >= struck_at;
+        lasting = false;
+        uvas_test_fail(0, 0, 0);
     }
-    uvas_test_fail(0, 0, 0);
-    atomic_store(&lasting, false);
+    bool met = struck;
+    (void)pthread_mutex_unlock(&knob);
+    return met;
 }
 
 /* Who waits in a fault goes on when the failure is over, which somebody else must see to. */
 static void *ends_failures(void *nothing) {
     while (!atomic_load(&over)) {
-        if (atomic_load(&lasting)) {
-            (void)usleep((useconds_t)(LASTS_S * 1e6));
-            fail_no_more();
-        }
-        (void)usleep(200);
+        (void)fail_no_more(LASTS_S);
+        (void)usleep(500);
     }
     return nothing;
 }
@@ -190,8 +198,7 @@ static void each_call_fails(struct scene *scene, const struct movement *movement
         may_lose = lasts;
         fail_from(k, error, lasts);
         movement->run(scene);
-        fail_no_more();
-        met = atomic_load(&struck);
+        met = fail_no_more(0);
         losses_are_told(scene);
         may_lose = false;
         all_is_well(scene);
@@ -294,8 +301,7 @@ static void a_turn_fails(const struct turn *turn, size_t first, bool lasts) {
         fail_from(k, error, lasts); /* nobody need end it: no thread waits in a fault */
         may_lose = lasts;
         int rc = turn->run(&scene);
-        fail_no_more();
-        met = atomic_load(&struck);
+        met = fail_no_more(0);
         CHECK(rc == 0 || (uvas_last_failure()->code == rc && uvas_last_failure()->text[0]));
         CHECK_OK(uvas_space_stats(scene.space, &stats));
         if (!stats.poisoned_bytes && !(lasts && rc < 0 && uvas_last_failure()->poisoned)) {

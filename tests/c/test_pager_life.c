@@ -38,7 +38,7 @@ static void must_be_out_of_reach(const struct scene *scene, uint32_t party, uint
 /* ---- memory ------------------------------------------------------------------------------------------------------------------------------- */
 
 static void decommit_takes_it_from_all(void) {
-    for (size_t granule = 4 * KIB; granule <= 2 * MIB; granule *= 8) {
+    for (size_t granule = 4 * KIB; granule <= 256 * KIB; granule *= 8) {
         struct scene scene;
         scattered_scene(&scene, granule);
         for (uint32_t round = 0; round < 3; round++) {
@@ -370,7 +370,7 @@ static void must_come_home(const struct scene *scene, uint32_t dead) {
 
 /* Everything that the dead held alone is on the host, in whatever way they held it. */
 static void the_dead_take_nothing_along(void) {
-    for (size_t granule = 4 * KIB; granule <= 2 * MIB; granule *= 8) {
+    for (size_t granule = 4 * KIB; granule <= 256 * KIB; granule *= 8) {
         for (uint32_t dying = FIRST; dying <= (FIRST | SECOND); dying += FIRST) {
             struct scene scene;
             scattered_scene(&scene, granule);
