@@ -335,7 +335,7 @@ static void *kills(void *k) {
 static void death_at_each_call(void) {
     for (size_t i = 0; i < MOVEMENTS; i++) {
         uint64_t calls = MOST_CALLS;
-        for (uint64_t k = 1; k <= calls; k += k < 20 ? 1 : 5) {
+        for (uint64_t k = 1; k <= calls; k += getenv("UVAS_FULL") ? 1 : k < 20 ? 2 : 7) {
             struct scene scene;
             pthread_t killer;
             step("%s: death of a worker at call %lu", movements[i].name, k);
