@@ -50,6 +50,7 @@ from uvas.space import AddressSpace, find
 
 if TYPE_CHECKING:
     from uvas.devices.cfunction import CFunction
+    from uvas.devices.cuda.device import CudaDevice
     from uvas.devices.process import ProcessDevice
     from uvas.devices.transport import by_value
 
@@ -64,6 +65,7 @@ __all__ = [
     "ArenaStats",
     "Backing",
     "CFunction",
+    "CudaDevice",
     "Device",
     "DeviceError",
     "DeviceInfo",
@@ -104,6 +106,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "CFunction": "uvas.devices.cfunction",
+    "CudaDevice": "uvas.devices.cuda.device",
     "ProcessDevice": "uvas.devices.process",
     "by_value": "uvas.devices.transport",
 }  # what needs multiprocessing and concurrent.futures is imported when it is asked for

@@ -38,6 +38,7 @@ extern "C" {
 #define UVAS_DEFAULT_ATTEMPTS 64
 #define UVAS_TRIED_MAX 32
 #define UVAS_DEVICES_MAX 32
+#define UVAS_UNRECOVERABLE 1073741824 /* taken off a callback's negative answer: see struct uvas_device */
 
 typedef uint64_t uvas_id;
 
@@ -175,7 +176,10 @@ struct uvas_obstacle { /* filled by a claim that answers -EEXIST, as far as it k
 
 /* Contract of every callback: ranges are not empty, aligned to the granularity and inside one live reservation; on an answer other than 0
  * nothing has changed; calls on disjoint ranges may come from several threads at once; no callback calls back into uvas; no lock of uvas is
- * held. claim: 0, -EEXIST for "taken here", anything else for "broken". unclaim gives back the range with whatever is still committed in it. */
+ * held. claim: 0, -EEXIST for "taken here", anything else for "broken". unclaim gives back the range with whatever is still committed in it. A
+ * device that failed and could not undo what it had begun answers -EIO - UVAS_UNRECOVERABLE, say: the reservation is poisoned. Devices that
+ * register or own may take memory back only as it was committed, at once; a device that owns is asked to decommit ranges in which not all is
+ * committed, because it alone can do so all or nothing. */
 struct uvas_device {
     const char *name;
     uint32_t placement;    /* enum uvas_placement */

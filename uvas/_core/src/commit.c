@@ -489,9 +489,25 @@ static int hold_run(struct plan *plan, size_t first, size_t last) {
     return rc < 0 ? uvas_fail_system(where(plan, &run), length(&run), "mmap", rc) : 0;
 }
 
+/* What a driver maps cannot be brought back with its contents by anybody but the driver: it is asked once, for all that is committed. */
+static int decommit_owned(struct plan *plan, bool *poisoned) {
+    struct uvas_piece_entry all = {.kind = UVAS_BACKING_DRIVER};
+    for (size_t i = 0; i < plan->count; i++) {
+        if (uvas_piece_committed(&plan->parts[i])) {
+            all.start = all.end ? all.start : plan->parts[i].start;
+            all.end = plan->parts[i].end;
+        }
+    }
+    return all.end ? uvas_party_decommit(plan->record, &all, poisoned) : 0;
+}
+
 /* Devices first: they can be brought back. *done: the parts that are off the devices. */
 static int decommit_devices(struct plan *plan, size_t *done, bool *poisoned) {
     int rc = 0;
+    if (plan->record->owned) {
+        *done = 0;
+        return decommit_owned(plan, poisoned);
+    }
     for (*done = 0; rc == 0 && *done < plan->count; ++*done) {
         rc = uvas_piece_committed(&plan->parts[*done]) ? uvas_party_decommit(plan->record, &plan->parts[*done], poisoned) : 0;
     }
