@@ -130,7 +130,7 @@ class FakeDriver:
                 self.calls.append(name)
                 self.made += 1
                 due = self._fail_at and (self.made == self._fail_at or (self._lasting and self.made > self._fail_at))
-                answer = self._answer if due else function(*arguments)
+                answer = self._answer if due else self._sticky(name) or function(*arguments)
             values = answer if isinstance(answer, tuple) else (answer,)
             # On failure what comes back besides is garbage.
             return values if not int(values[0]) else (values[0], *([0xDEAD_0000] * (_VALUES.get(name, 0))))
@@ -231,7 +231,12 @@ class FakeDriver:
 
     def cuDevicePrimaryCtxRelease(self, device: int) -> Any:
         assert self.cards[device].retained > 0, "released more often than retained"
-        self.cards[device].retained -= 1
+        card = self.cards[device]
+        card.retained -= 1
+        if not card.retained and card.sticky:  # what was in a context that died goes with it
+            card.sticky = None
+            self.streams.clear()
+            self.events.clear()
         return _OK
 
     def cuCtxPushCurrent(self, context: int) -> Any:
@@ -248,14 +253,16 @@ class FakeDriver:
         stack = self.contexts.get(threading.get_ident())
         return stack[-1] if stack else None
 
-    def _sticky(self) -> Any:
+    def _sticky(self, name: str) -> Any:
         """What the thread's context answers to everything; None: it is well."""
+        if name.startswith(_WITHOUT_CONTEXT):
+            return None
         card = self._current()
-        return _ANSWERS.CUDA_ERROR_INVALID_CONTEXT if card is None else self.cards[card].sticky
+        if card is None:
+            return _ANSWERS.CUDA_ERROR_INVALID_CONTEXT if name.startswith(_WITH_CONTEXT) else None
+        return self.cards[card].sticky
 
     def cuCtxSynchronize(self) -> Any:
-        if bad := self._sticky():
-            return bad
         if self.capturing:
             return _ANSWERS.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
         self.synchronized.append(self._current() or 0)
@@ -265,8 +272,6 @@ class FakeDriver:
         return _OK, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
 
     def cuMemGetInfo(self) -> Any:
-        if bad := self._sticky():
-            return bad
         card = self.cards[self._current() or 0]
         return _OK, card.memory, card.memory
 
@@ -372,8 +377,6 @@ class FakeDriver:
         return _OK
 
     def cuMemUnmap(self, address: Any, size: int) -> Any:
-        if bad := self._sticky():
-            return bad
         one = self.mapped.get(int(address))
         if one is None or one.size != size:
             return _ANSWERS.CUDA_ERROR_INVALID_VALUE
@@ -412,8 +415,6 @@ class FakeDriver:
 
     def cuMemsetD8Async(self, address: Any, value: int, size: int, stream: Any) -> Any:
         card = self._current()
-        if bad := self._sticky():
-            return bad
         assert int(stream) in self.streams
         one = self.mapped.get(int(address))
         if one is None or one.size != size or one.access.get(card or 0, 0) != 3:
@@ -427,8 +428,6 @@ class FakeDriver:
 
     def cuMemHostRegister(self, address: Any, size: int, flags: int) -> Any:
         base = int(address)
-        if bad := self._sticky():
-            return bad
         if any(b < base + size and base < b + s for b, (s, _) in self.registered.items()):
             return _ANSWERS.CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED
         if size > self.host_memory:
@@ -442,8 +441,6 @@ class FakeDriver:
         return _OK
 
     def cuMemHostUnregister(self, address: Any) -> Any:
-        if bad := self._sticky():
-            return bad
         if int(address) not in self.registered:
             return _ANSWERS.CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED
         size, _ = self.registered[int(address)]
@@ -452,8 +449,6 @@ class FakeDriver:
         return _OK
 
     def cuMemHostGetDevicePointer(self, address: Any, flags: int) -> Any:
-        if bad := self._sticky():
-            return bad
         found = self.registered.get(int(address))
         if flags or found is None or not found[1] & 2:
             return _ANSWERS.CUDA_ERROR_INVALID_VALUE
@@ -462,8 +457,6 @@ class FakeDriver:
     # ---- moving ------------------------------------------------------------------------------------------------------
 
     def cuMemPrefetchAsync(self, address: Any, size: int, location: Any, flags: int, stream: Any) -> Any:
-        if bad := self._sticky():
-            return bad
         assert int(stream) in self.streams
         if flags or not self.cards[self._current() or 0].attributes[89]:
             return _ANSWERS.CUDA_ERROR_INVALID_VALUE
@@ -471,16 +464,12 @@ class FakeDriver:
         return _OK
 
     def cuMemAdvise(self, address: Any, size: int, advice: Any, location: Any) -> Any:
-        if bad := self._sticky():
-            return bad
         self.advised.append((int(address), size, int(advice), int(location.id) if int(location.type) == 1 else -1))
         return _OK
 
     # ---- streams and events ------------------------------------------------------------------------------------------
 
     def _number(self, kind: set[int]) -> Any:
-        if bad := self._sticky():
-            return bad
         self._next += 1
         kind.add(self._next)
         return _OK, self._next
@@ -494,8 +483,7 @@ class FakeDriver:
         return _OK
 
     def cuStreamSynchronize(self, stream: Any) -> Any:
-        bad = self._sticky()
-        return bad if bad and bad != _ANSWERS.CUDA_ERROR_INVALID_CONTEXT else _OK
+        return _OK
 
     def cuStreamIsCapturing(self, stream: Any) -> Any:
         return _OK, cu.CUstreamCaptureStatus(int(self.capturing))
@@ -527,6 +515,17 @@ class FakeDriver:
 
 
 _OK = _ANSWERS.CUDA_SUCCESS
+_WITHOUT_CONTEXT = ("cuInit", "cuDriver", "cuDevice", "cuCtxPush", "cuCtxPop", "cuThread")
+_WITH_CONTEXT = (
+    "cuCtx",
+    "cuMemGetInfo",
+    "cuMemset",
+    "cuMemHost",
+    "cuMemPrefetch",
+    "cuMemAdvise",
+    "cuStreamCreate",
+    "cuEventCreate",
+)
 _VALUES = {
     "cuDriverGetVersion": 1, "cuDeviceGetCount": 1, "cuDeviceGet": 1, "cuDeviceGetName": 1, "cuDeviceGetAttribute": 1,
     "cuDeviceCanAccessPeer": 1, "cuDevicePrimaryCtxRetain": 1, "cuCtxPopCurrent": 1, "cuMemGetInfo": 2,

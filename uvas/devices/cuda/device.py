@@ -140,10 +140,12 @@ class CudaDevice:
         refused: dict[StrategyName, str] = {}
         for name in self._able():
             refused[name] = _why_not_together(name, cards, others)
-        if self._fixed is None:
+        if self._fixed is None or refused[self._fixed]:
             fitting = [name for name, reason in refused.items() if not reason]
-            if not fitting:
-                raise _nothing_does(f"a space with {self.card.name}", self._refusals | refused, self._asked)
+            if self._fixed or not fitting:
+                raise _nothing_does(
+                    f"a space with {self.card.name}", self._refusals | refused, self._fixed or self._asked
+                )
             if fitting[0] != self._strategy.name:
                 self._strategy = _STRATEGIES[fitting[0]](self.card)
             self._fixed = fitting[0]
@@ -252,7 +254,7 @@ class CudaDevice:
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let go of the card's context; idempotent. In a forked child, and at the interpreter's end, nothing is called."""
+        """Let go of the card; idempotent. In a forked child and at the interpreter's end no call is made."""
         if isinstance(self._strategy, Vmm) and driver.usable():
             self._strategy.abandon()
         self.card.close()

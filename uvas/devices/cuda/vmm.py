@@ -29,7 +29,7 @@ from uvas.devices.cuda.claims import claim_address, free_address
 from uvas.devices.cuda.parts import Parts
 from uvas.devices.cuda.strategy import DEVICE_BIT, HOST_BIT, Strategy, Target, where_all_is
 from uvas.devices.cuda.undo import Undo
-from uvas.errors import DeviceError, NotSupportedError, OutOfMemoryError
+from uvas.errors import DeviceError, OutOfMemoryError
 from uvas.ranges import Range
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ class Vmm(Strategy):
         return found.memory
 
     def _zero(self, mapping: _Mapping) -> None:
-        """New memory holds what the driver last had there."""
+        """Overwrite what the driver last had there."""
         place = mapping.memory.place
         card = self.card if place == "host" or self.card in mapping.users else place
         self._set_access(mapping.range, self._entries(mapping, 3))
@@ -342,7 +342,7 @@ class Vmm(Strategy):
             mapping.users.pop(self.card, None)
 
     def _unmap(self, claim: _Claim, range: Range, undo: Undo) -> list[_Mapping]:
-        """Take away what is mapped in a range, after all who use it have stopped. Handles are kept: they are the undo."""
+        """Take away what is mapped in a range, after all who use it have stopped. The handles are the undo."""
         with book.lock:
             mappings = claim.mappings.whole(range, self.card.name)
         for card in {card for mapping in mappings for card in mapping.users} | ({self.card} if mappings else set()):
@@ -362,7 +362,7 @@ class Vmm(Strategy):
             self._set_access(mapping.range, entries)
 
     def _drop(self, claim: _Claim, mappings: list[_Mapping]) -> None:
-        """Forget mappings that are gone, and release the memory that nothing maps any more: last, as no undo needs it."""
+        """Forget mappings that are gone, and release memory that nothing maps any more: last, it cannot be undone."""
         with book.lock:
             for mapping in mappings:
                 claim.mappings.remove(mapping)
@@ -416,7 +416,7 @@ class Vmm(Strategy):
                     mapping.users[place] = flags
 
     def _own_entries(self, mapping: _Mapping, protection: str) -> list[tuple[Place, int]]:
-        """What is the owner's to say: for itself, for the card that the memory lies on, and for the host."""
+        """Return what is the owner's to say: for itself, for the card that the memory lies on, and for the host."""
         flags, place = _flags(protection), mapping.memory.place
         entries = self._entries(mapping, flags)
         return [one for one in entries if one[0] in (self.card, "host", place)]
