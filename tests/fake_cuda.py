@@ -88,6 +88,8 @@ class FakeDriver:
         self.mood: Literal["honours", "moves", "refuses"] = "honours"
         self.honours_after = 0
         """Of hints that the driver would move: how many it moves before it honours one."""
+        self.taken: list[tuple[int, int]] = []
+        """Bases and sizes that the driver wants for itself, although nothing of the host's is there."""
         self.host_memory = 1 << 30
         self.capturing = False
         self.process = os.getpid()
@@ -135,6 +137,7 @@ class FakeDriver:
             # On failure what comes back besides is garbage.
             return values if not int(values[0]) else (values[0], *([0xDEAD_0000] * (_VALUES.get(name, 0))))
 
+        entry.fake = self  # type: ignore[attr-defined]
         return entry
 
     def leaks(self) -> list[str]:
@@ -287,6 +290,7 @@ class FakeDriver:
         if self.mood == "moves" and self.honours_after > 0:
             self.honours_after -= 1
             wilful = self.honours_after > 0
+        wilful |= any(base < hint + size and hint < base + length for base, length in self.taken)
         if not wilful and hint % GRANULARITY == 0 and map_at(hint, size, 0, _NORESERVE):
             self.reserved[hint] = size
             return _OK, cu.CUdeviceptr(hint)

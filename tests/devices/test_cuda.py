@@ -118,7 +118,7 @@ def test_several_devices_settle_on_what_all_can_do(plug):
             space.attach(third)
             assert third.strategy == "vmm"
         with uvas.CudaDevice(0, strategy="hmm") as other, uvas.AddressSpace([other]) as space:
-            with pytest.raises(uvas.NotSupportedError, match="uses vmm already"):
+            with pytest.raises(uvas.NotSupportedError, match="cuda:0 uses hmm already"):
                 space.attach(third)
 
 
