@@ -142,6 +142,13 @@ def test_nothing_suits_a_worker_and_a_card_that_only_maps(plug):
     assert fake.leaks() == []
 
 
+def test_one_card_is_one_device_of_a_space(plug):
+    plug(*cards(VMM_CARD))
+    with uvas.CudaDevice() as device, uvas.CudaDevice() as same, uvas.AddressSpace([device]) as space:
+        with pytest.raises(ValueError, match="cuda:0 is in the space already"):
+            space.attach(same)
+
+
 # ---- hmm -------------------------------------------------------------------------------------------------------------
 
 

@@ -134,9 +134,13 @@ class CudaDevice:
         ------
         NotSupportedError
             There is no strategy that all can do; the message has the reason for each.
+        ValueError
+            Another device of the space is of the same card.
         """
         others = [*attached, *coming]
         cards = [self, *(one for one in others if isinstance(one, CudaDevice) and one is not self)]
+        if any(one.card.ordinal == self.card.ordinal for one in cards[1:]):
+            raise ValueError(f"{self.card.name} is in the space already, as another device")
         refused: dict[StrategyName, str] = {}
         for name in self._able():
             refused[name] = _why_not_together(name, cards, others)

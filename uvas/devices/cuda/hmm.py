@@ -106,12 +106,12 @@ class Hmm(Strategy):
             card.call("cuEventRecord", event, card.stream)
 
         def wait() -> None:
-            with card.current():
-                try:
+            try:
+                with card.current():
                     card.call("cuEventSynchronize", event)
-                finally:
-                    with suppress(DeviceError):
-                        card.call("cuEventDestroy", event)
+            finally:
+                with suppress(DeviceError):
+                    card.call("cuEventDestroy", event)
 
         return wait
 

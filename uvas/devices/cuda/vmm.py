@@ -367,11 +367,17 @@ class Vmm(Strategy):
             for mapping in mappings:
                 claim.mappings.remove(mapping)
                 mapping.memory.mappings -= 1
-            handles = {one.memory.handle for one in mappings if not one.memory.mappings} | set(book.unreleased)
-            book.unreleased.clear()
+            book.unreleased += {one.memory.handle for one in mappings if not one.memory.mappings}
         for mapping in mappings:
             if mapping.memory.place != "host":
                 mapping.memory.place.located.discard(mapping.range)
+        self._release()
+
+    def _release(self) -> None:
+        """Give back the memory of handles through which nothing is mapped."""
+        with book.lock:
+            handles = [*book.unreleased]
+            book.unreleased.clear()
         kept = []
         for handle in handles:
             try:
@@ -467,6 +473,7 @@ class Vmm(Strategy):
         for claim in owned:
             with suppress(DeviceError):
                 self.unclaim(claim.range)
+        self._release()
 
 
 _FLAG_NAMES = {
