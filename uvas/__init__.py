@@ -53,6 +53,9 @@ if TYPE_CHECKING:
     from uvas.devices.cuda.device import CudaDevice
     from uvas.devices.process import ProcessDevice
     from uvas.devices.transport import by_value
+    from uvas.interop.cupy import ascupy, asnumpy, host_access
+    from uvas.interop.cupy_allocator import cupy_allocator
+    from uvas.interop.dlpack import dlpack
 
 __all__ = [
     "AddressInUseError",
@@ -86,15 +89,20 @@ __all__ = [
     "allocation_of",
     "array",
     "asarray",
+    "ascupy",
+    "asnumpy",
     "by_value",
     "configure",
+    "cupy_allocator",
     "default_arena",
+    "dlpack",
     "empty",
     "empty_like",
     "find",
     "full",
     "get_include",
     "get_library",
+    "host_access",
     "is_unified",
     "numpy_allocator",
     "ones",
@@ -108,7 +116,12 @@ _LAZY = {
     "CFunction": "uvas.devices.cfunction",
     "CudaDevice": "uvas.devices.cuda.device",
     "ProcessDevice": "uvas.devices.process",
+    "ascupy": "uvas.interop.cupy",
+    "asnumpy": "uvas.interop.cupy",
     "by_value": "uvas.devices.transport",
+    "cupy_allocator": "uvas.interop.cupy_allocator",
+    "dlpack": "uvas.interop.dlpack",
+    "host_access": "uvas.interop.cupy",
 }  # what needs multiprocessing and concurrent.futures is imported when it is asked for
 
 

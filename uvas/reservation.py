@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from uvas._core import ffi, lib
 from uvas.devices.adapter import located, raise_answer
+from uvas.interop.view import card_of, cupy_view
 from uvas.leases import Errand, Lease, ReservationTrace, enqueue, generation, live, start_reaper, work_off
 from uvas.protection import protection_bits
 from uvas.ranges import Range
@@ -385,7 +386,39 @@ class Reservation(_Held):
         lease = self._lease(start, size, f"array of {kind}, shape {dimensions}")
         return np.ndarray(dimensions, kind, buffer=np.asarray(lease))
 
-    def _lease(self, start: int, size: int, holder: str) -> Lease:
+    def cupy(self, dtype: npt.DTypeLike, shape: int | Iterable[int] | None = None, *, offset: int = 0) -> Any:
+        """Return a CuPy array over the memory itself, also where it lies on a card.
+
+        Parameters
+        ----------
+        dtype, shape, offset
+            As of `numpy`.
+
+        Returns
+        -------
+        cupy.ndarray
+            In C order; the memory stays as long as any view of it lives.
+
+        Raises
+        ------
+        ValueError
+            Not all of it is committed, readable and writable, it does not fit, or no CUDA device of the space sees it.
+        TypeError
+            The elements hold Python objects.
+        NotSupportedError
+            CuPy is not installed.
+        ReleasedError
+            The reservation has been released.
+        """
+        start = as_size("offset", offset)
+        kind, dimensions, size = as_elements(dtype, shape, start, self._size)
+        card = card_of(self._space.devices, f"{self!r}")
+        lease = self._lease(start, size, f"CuPy array of {kind}, shape {dimensions}", by_host=False)
+        if lease.readonly:
+            raise ValueError(f"{self!r} is read-only from {start:#x} on, which a CuPy array cannot be")
+        return cupy_view(self._base + start, size, self._base + start, kind, dimensions, None, lease, card)
+
+    def _lease(self, start: int, size: int, holder: str, *, by_host: bool = True) -> Lease:
         lease = Lease(self, start, size, readonly=False, holder=holder)
         code = lease.take(self._cell.id, start)
         if code < 0:
@@ -397,7 +430,8 @@ class Reservation(_Held):
                     f"[{self.base + start:#x}, {self.base + start + size:#x}) is protected against reading"
                 )
             lease.readonly = not bits & lib.UVAS_WRITE
-            self._space.check_reach(Range(self._base + start, size))
+            if by_host:
+                self._space.check_reach(Range(self._base + start, size))
         if self._leases is None:
             self._leases = weakref.WeakSet()
         self._leases.add(lease)

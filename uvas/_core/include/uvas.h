@@ -395,6 +395,42 @@ UVAS_API int uvas_arena_peak(uvas_id arena, uint64_t floor, uint64_t *was);
 /* Every invariant of the arena, all threads stopped at its door meanwhile. 0, or -EINVAL with the sentence in the failure. */
 UVAS_API int uvas_arena_check(uvas_id arena);
 
+/* ---- blocks in the order of streams ---------------------------------------------------------------------------------------- */
+
+/* A GPU's queue (a *stream*) runs after the calls that fill it. So a block that one stream has used can be handed out again at once to whoever works
+ * on the same stream, and to nobody else until somebody has waited. An *order* keeps freed blocks in lists of their streams, in front of an arena.
+ * Nothing here waits, calls a driver or touches a block. */
+
+struct uvas_order; /* lives to the last of its blocks */
+
+struct uvas_order_options {
+    uvas_id arena;
+    intptr_t (*current)(void); /* the calling thread's stream, asked at each allocation; its number is all that counts */
+    /* Asked, without a lock, for a block where that may wait, or where there is no memory: calls uvas_alloc, or uvas_order_trim first. 0 or -errno. */
+    int (*wait)(void *context, size_t size, uintptr_t *out);
+    void *context;
+};
+
+struct uvas_order_stats {
+    uint64_t live_blocks; /* handed out */
+    uint64_t live_bytes;
+    uint64_t kept_blocks; /* in the lists of streams */
+    uint64_t kept_bytes;
+};
+
+UVAS_API int uvas_order_open(const struct uvas_order_options *options, struct uvas_order **out);
+/* Every stream has come to its end: what is kept goes back to the arena. *bytes (may be NULL): how much. */
+UVAS_API int uvas_order_trim(struct uvas_order *order, uint64_t *bytes);
+UVAS_API int uvas_order_stats(struct uvas_order *order, struct uvas_order_stats *out);
+/* -EBUSY while a block is handed out; otherwise as trim, and it is gone. */
+UVAS_API int uvas_order_close(struct uvas_order *order);
+
+/* In the shape that CuPy's CFunctionAllocator calls: `order` is a struct uvas_order. A block of at least `size` bytes, aligned to 512, for the
+ * stream that is current; NULL: no memory (uvas_last_failure). `device` is ignored: blocks mean the same on all. */
+UVAS_API void *uvas_order_malloc(void *order, size_t size, int device);
+/* To the list of the stream that was current at its allocation. Any thread; nothing happens to what is no block of this order. */
+UVAS_API void uvas_order_free(void *order, void *block, int device);
+
 /* ---- truth ------------------------------------------------------------------------------------------------------------------ */
 
 /* Every invariant of registry and records. 0, or -EINVAL with the sentence in the failure. */
