@@ -29,7 +29,7 @@ from uvas.arrays import (
     zeros,
     zeros_like,
 )
-from uvas.devices.base import Backing, Device, DeviceInfo
+from uvas.devices.base import Backing, Device, DeviceInfo, LentMemory
 from uvas.errors import (
     AddressInUseError,
     AddressSpaceExhaustedError,
@@ -43,6 +43,7 @@ from uvas.errors import (
 )
 from uvas.maps.own import address_map
 from uvas.maps.rows import MapRow
+from uvas.movement import MovementStats, PageFlag, PartyMovement
 from uvas.ranges import Range
 from uvas.reports import AllocationInfo, ArenaStats, Finding, Report, SpaceStats
 from uvas.reservation import Adoption, Reservation
@@ -74,10 +75,14 @@ __all__ = [
     "DeviceInfo",
     "DeviceLostError",
     "Finding",
+    "LentMemory",
     "LimitReachedError",
     "MapRow",
+    "MovementStats",
     "NotSupportedError",
     "OutOfMemoryError",
+    "PageFlag",
+    "PartyMovement",
     "ProcessDevice",
     "Range",
     "ReleasedError",

@@ -9,17 +9,25 @@ import warnings
 from collections.abc import Iterable
 from errno import EBUSY
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
+from uvas import movement as moving
 from uvas._core import ffi, lib
 from uvas.devices.adapter import Party, raise_answer
 from uvas.devices.base import Device
 from uvas.errors import NotSupportedError, ReleasedError
 from uvas.leases import Errand, enqueue, generation, live, start_reaper, work_off
 from uvas.leases import find as find_held
+from uvas.movement import Advice, MovementStats, Placeable
 from uvas.ranges import Range
 from uvas.reports import Finding, FindingKind, Report, SpaceStats
 from uvas.reservation import Adoption, Reservation, as_size
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _BACKINGS = {"auto": 0, "anonymous": lib.UVAS_BACKING_ANONYMOUS, "memfd": lib.UVAS_BACKING_MEMFD}
 _FINDINGS: dict[int, FindingKind] = {
@@ -315,6 +323,121 @@ class AddressSpace:
             if party.info.placement == "owns" and not party.device.host_reaches(wanted):  # type: ignore[attr-defined]
                 raise ValueError(f"{wanted} lies on a device of {self!r}: the host cannot touch it")
 
+    # ---- memory that moves -------------------------------------------------------------------------------------------
+
+    def prefetch(self, what: Placeable, target: Device | Literal["host"], *, wait: bool = True) -> Future[None] | None:
+        """Move memory to a device that has its own, or to the host, before it is touched.
+
+        Where nothing has memory of its own there is nothing to do. With `wait` false it goes on in the background.
+
+        Parameters
+        ----------
+        what
+            A range, a reservation, an allocation or an array; widened to whole granules.
+        target
+            A device of this space, or "host".
+        wait
+            Whether to return when all of it has arrived; otherwise a Future is returned.
+
+        Raises
+        ------
+        ValueError
+            It is not inside one reservation of this space, not committed, or may not be accessed; or there is no such
+            target.
+        DeviceError
+            Parts stayed where they were, because they are pinned (a system call or `pin_host` holds them); the message
+            lists them. The rest has moved.
+        OutOfMemoryError
+            It is more than the device may hold, or there is no memory for it.
+        NotSupportedError
+            It maps a descriptor, which does not move.
+        DeviceLostError, ReleasedError
+            The device, or the memory, is gone.
+
+        Notes
+        -----
+        O(n) in the granules of the range.
+        """
+        if not wait:
+            return moving.in_background(self, what, target)
+        moving.prefetch(self, what, target)
+        return None
+
+    def advise(self, what: Placeable, advice: Advice | None, device: Device | Literal["host"] | None = None) -> None:
+        """Say how memory will be used. It changes what moves when, never what is read.
+
+        Parameters
+        ----------
+        what
+            As of `prefetch`.
+        advice
+            "read_mostly": a prefetch copies and takes nothing away. "preferred_location": the device keeps it as long
+            as something else can be evicted. "accessed_by": the device keeps a copy when it is prefetched elsewhere.
+            None: takes all advice back.
+        device
+            That the advice is of.
+
+        Raises
+        ------
+        ValueError
+            There is no such advice, device or range.
+        """
+        moving.advise(self, what, advice, device)
+
+    def where(self, what: Placeable) -> npt.NDArray[np.uint32]:
+        """Tell where each page is, without a fault.
+
+        Returns
+        -------
+        numpy.ndarray
+            A word for each page of the host that the range touches: bits of `PageFlag`, the bit of each device by its
+            place in `devices`. 0: nowhere; it reads as zeros.
+
+        Raises
+        ------
+        ValueError
+            It is not inside one reservation of this space.
+        """
+        return moving.where(self, what)
+
+    def discard(self, what: Placeable) -> None:
+        """Say that contents do not matter any more: they read as zeros afterwards, and nothing is copied for it.
+
+        Of a granule that lies only partly inside nothing changes. What was lost with a device can be used again.
+
+        Raises
+        ------
+        ValueError
+            It is not inside one reservation of this space.
+        NotSupportedError
+            Not all of it is committed memory.
+        """
+        moving.discard(self, what)
+
+    def pin_host(self, what: Placeable) -> moving.PinnedHost:
+        """Keep memory on the host while a ``with`` block lasts; devices that want it wait.
+
+        For system calls in a process whose userfaultfd serves user code only, and for whatever must not wait.
+
+        Raises
+        ------
+        ValueError
+            It is not inside one reservation of this space, or not committed.
+        DeviceError
+            Something of it could not come home.
+        """
+        return moving.PinnedHost(self, what)
+
+    def movement(self) -> MovementStats:
+        """Return what has moved so far, and for whom.
+
+        Raises
+        ------
+        ReleasedError
+            The space has been closed.
+        """
+        return moving.movement(self)
+
     # ---- truth -------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -376,6 +499,16 @@ class AddressSpace:
         return SpaceStats(**{name: getattr(stats, name) for name in SpaceStats.__slots__})
 
     # ---- the end -----------------------------------------------------------------------------------------------------
+
+    @property
+    def handle(self) -> int:
+        """The core's id of it, for ``uvas.h``; 0: closed."""
+        return int(self._cell[0])
+
+    @property
+    def parties(self) -> list[Party]:
+        """The attached devices as the core knows them."""
+        return self._parties
 
     @property
     def name(self) -> str:

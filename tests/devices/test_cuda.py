@@ -200,8 +200,39 @@ def test_hmm_passes_advice_on(plug):
         assert [advice for _, _, advice, _ in fake.advised[3:]] == [2, 4, 6]
         with pytest.raises(ValueError, match="no advice"):
             device.advise(held.range, "whatever", "device")
-        with pytest.raises(ValueError, match="of whom"):
-            device.advise(held.range, "accessed_by", None)
+        device.advise(held.range, "accessed_by", None)  # of another device
+        assert len(fake.advised) == 6
+
+
+def test_the_spaces_verbs_reach_the_driver(plug):
+    fake = plug(FakeCard())
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(4 * PAGE) as held:
+        held.commit()
+        array = held.numpy("u1")
+        array[:] = 1
+        space.prefetch(array, device)
+        assert space.prefetch(held, "host", wait=False).result(10) is None
+        assert fake.prefetched == [(held.base, 4 * PAGE, 0), (held.base, 4 * PAGE, -1)]
+        space.advise(held, "preferred_location", device)
+        space.advise(held, "accessed_by", "host")
+        assert [(advice, where) for _, _, advice, where in fake.advised] == [(3, 0), (5, -1)]
+        assert (space.where(held) & uvas.PageFlag.HOST).all()
+        assert fake.events == set()
+        del array
+    if device.strategy == "hmm":
+        assert fake.synchronized
+
+
+def test_memory_on_a_card_is_told_by_the_space(plug):
+    plug(*cards(VMM_CARD))
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(2 * UNIT) as held:
+        held.commit(0, UNIT, location=device)
+        held.commit(UNIT, UNIT)
+        words = space.where(held)
+        assert words[0] & (uvas.PageFlag.HOST | uvas.PageFlag.device(1)) == uvas.PageFlag.device(1)
+        assert words[-1] & (uvas.PageFlag.HOST | uvas.PageFlag.device(1)) == uvas.PageFlag.HOST
+        with pytest.raises(uvas.NotSupportedError, match="committed on a card"):
+            space.prefetch(held, "host")
 
 
 def test_hmm_tells_where_pages_are_without_touching_them(plug):

@@ -76,7 +76,8 @@ def test_names():
     with uvas.ProcessDevice() as one, uvas.ProcessDevice() as two, uvas.ProcessDevice(name="mine") as mine:
         assert one.info.name != two.info.name
         assert mine.info.name == "mine"
-        assert mine.info.details == {"pid": mine.pid, "memory": "shared"}
+        assert mine.info.details == {"pid": mine.pid}
+        assert mine.info.memory == "shared"
         assert "mine" in repr(mine)
         assert str(mine.pid) in repr(mine)
         assert mine.run(on_device.process_id) == mine.pid
@@ -84,11 +85,15 @@ def test_names():
         assert command[-3:-1] == [b"uvas-worker", b"mine"]
 
 
-def test_private_memory_is_to_come():
-    with pytest.raises(uvas.NotSupportedError, match="pager"):
-        uvas.ProcessDevice(memory="private")
+def test_there_is_no_such_memory():
     with pytest.raises(ValueError, match="'borrowed'"):
         uvas.ProcessDevice(memory="borrowed")
+    with pytest.raises(ValueError, match="of private memory"):
+        uvas.ProcessDevice(granule=4096)
+    with pytest.raises(ValueError, match="0x3000"):
+        uvas.ProcessDevice(memory="private", granule=0x3000)
+    with pytest.raises(ValueError, match="no room for a granule"):
+        uvas.ProcessDevice(memory="private", capacity=4096)
 
 
 def test_a_worker_that_cannot_start_says_why(monkeypatch, tmp_path):

@@ -10,18 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from uvas.devices.base import Backing, Device, DeviceInfo
+    from uvas.devices.base import Backing, Device, DeviceInfo, LentMemory
     from uvas.devices.cfunction import CFunction
     from uvas.devices.process import ProcessDevice
     from uvas.devices.transport import by_value
 
-__all__ = ["Backing", "CFunction", "Device", "DeviceInfo", "ProcessDevice", "by_value"]
+__all__ = ["Backing", "CFunction", "Device", "DeviceInfo", "LentMemory", "ProcessDevice", "by_value"]
 
 _HOMES = {
     "Backing": "base",
     "CFunction": "cfunction",
     "Device": "base",
     "DeviceInfo": "base",
+    "LentMemory": "base",
     "ProcessDevice": "process",
     "by_value": "transport",
 }

@@ -16,7 +16,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from uvas._core import ffi, lib
-from uvas.devices.base import Backing, BackingKind, Device, DeviceInfo
+from uvas.devices.base import Backing, BackingKind, Device, DeviceInfo, LentMemory
 from uvas.errors import AddressInUseError, failure
 from uvas.protection import protection_name
 from uvas.ranges import Range
@@ -120,12 +120,21 @@ class Party:
         self._start: Callable[[Range], None] | None = getattr(device, "start_claim", None)
 
     def description(self) -> Any:
-        """Return the ``struct uvas_device`` of it."""
+        """Return the ``struct uvas_device`` of it.
+
+        Raises
+        ------
+        ValueError
+            The device declares what there is not.
+        DeviceLostError, ReleasedError
+            It has memory of its own, and its process does not lend it any more.
+        """
         info, window = self.info, self.info.window
         if info.placement not in _PLACEMENTS or not set(info.backings) <= set(_BACKINGS):
             raise ValueError(
                 f"device {info.name} declares {info.placement!r} and {set(info.backings)}: uvas knows others"
             )
+        lent: LentMemory | None = self.device.lend_memory() if info.memory == "private" else None  # type: ignore[attr-defined]
         return ffi.new(
             "struct uvas_device *",
             {
@@ -142,6 +151,11 @@ class Party:
                 "decommit": lib.uvas_py_decommit,
                 "protect": lib.uvas_py_protect,
                 "start_claim": lib.uvas_py_start_claim,
+                "memory": lib.UVAS_MEMORY_PRIVATE if lent else lib.UVAS_MEMORY_SHARED,
+                "faults": lent.faults if lent else -1,
+                "process": lent.process if lent and lent.process is not None else -1,
+                "capacity": (lent.capacity or 0) if lent else 0,
+                "granule": lent.granule if lent else 0,
             },
         )
 

@@ -29,6 +29,9 @@ class DeviceInfo:
         Bytes, a power of two, that bases and sizes of its ranges are multiples of; 0: the host's page.
     window
         The addresses that it can reach; None: all.
+    memory
+        ``shared``: it sees the host's. ``private``: it has memory of its own, kept coherent with the host's; then it
+        has a method ``lend_memory`` as well.
     details
         Whatever else the device has to say of itself.
     """
@@ -38,6 +41,7 @@ class DeviceInfo:
     backings: frozenset[BackingKind]
     granularity: int = 0
     window: Range | None = None
+    memory: Literal["shared", "private"] = "shared"
     details: dict[str, object] = field(default_factory=dict)
 
 
@@ -67,6 +71,28 @@ class Backing:
     location: object = "host"
 
 
+@dataclass(frozen=True, slots=True)
+class LentMemory:
+    """What the pager needs of a device with memory of its own, to serve the faults of its process.
+
+    Parameters
+    ----------
+    faults
+        A userfaultfd made in the device's process by ``uvas_lend_faults``.
+    process
+        A pidfd of it, or None: it never ends.
+    capacity
+        Bytes that it holds at most, or None: as many as there is memory for.
+    granule
+        Bytes that move at once.
+    """
+
+    faults: int
+    process: int | None
+    capacity: int | None
+    granule: int
+
+
 class Device(Protocol):
     """A party that must agree on what an address means.
 
@@ -81,6 +107,15 @@ class Device(Protocol):
     And a method ``agree(attached, coming)``, for a device that has a choice: it is told who is in the space and who
     will be next, and returns the `DeviceInfo` that holds there. And ``host_reaches(range)``: whether the host can touch
     what the device has mapped there.
+
+    A device whose `info.memory` is "private" has a method ``lend_memory()`` that returns a `LentMemory`; it is called
+    when the device is attached, and its descriptors are duplicated. What `commit` gives such a device as the descriptor
+    behind anonymous memory is the device's own memory, which its process maps shared.
+
+    A device that moves pages by itself, as a GPU's driver does, may have ``prefetch(range, target)``, where the target
+    is "device" or "host" and what it returns is called to wait for the end; ``advise(range, advice, applies)``, where
+    `applies` is "device", "host" or None; and ``where(range)``, a word for each page of the host as
+    `AddressSpace.where` has them, with bit 1 for the device, or None if it cannot tell.
     """
 
     @property

@@ -12,6 +12,7 @@ import itertools
 import os
 import select
 import signal
+import socket
 import subprocess
 import threading
 from typing import Any
@@ -54,6 +55,7 @@ class Link:
         self._started = False
         self._hello: BaseException | None = None
         self._complaints = ""
+        self._borrowed: list[int] = []
         self._ended = threading.Event()
         with contextlib.ExitStack() as on_failure:
             self._launched = launch(self.name)
@@ -106,6 +108,20 @@ class Link:
             return self.requests.collect(tag)
         except EOFError:
             raise self._lost(verb) from None
+
+    @property
+    def pidfd(self) -> int | None:
+        """A descriptor of the process; None where the kernel has none."""
+        return self._pidfd
+
+    def borrow(self, verb: str) -> int:
+        """Ask for a descriptor, which comes by a line of its own; it is this link's, and closed with it."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self.collect(verb, self.send(verb, descriptor=theirs.fileno()))
+            _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+        self._borrowed += descriptors
+        return descriptors[0]
 
     def submit(self, call: Call) -> None:
         """Let a function run in the worker."""
@@ -194,6 +210,8 @@ class Link:
 
     def _close_others(self) -> None:
         os.close(self._launched.stderr)
+        for descriptor in self._borrowed:
+            os.close(descriptor)
         if self._pidfd is not None:
             os.close(self._pidfd)
 

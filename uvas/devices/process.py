@@ -9,11 +9,12 @@ from operator import index
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from uvas.devices.base import Backing, DeviceInfo
+from uvas._core import ffi, lib
+from uvas.devices.base import Backing, DeviceInfo, LentMemory
 from uvas.devices.calls import Call
 from uvas.devices.link import Link
 from uvas.devices.transport import dumps
-from uvas.errors import AddressInUseError, DeviceLostError, NotSupportedError, ReleasedError, UvasError
+from uvas.errors import AddressInUseError, DeviceLostError, NotSupportedError, ReleasedError, UvasError, failure
 from uvas.interrupts import held_back
 from uvas.ranges import Range
 
@@ -24,6 +25,9 @@ _T = TypeVar("_T")
 
 _CLOSE_S = 5.0
 """How long `close` lets the function at work go on."""
+
+_GRANULE, _GRANULE_LEAST, _GRANULE_MOST = 64 << 10, 4 << 10, 2 << 20
+"""Bytes: what is taken where nothing is said, and what is possible."""
 
 _COPY_BYTES = 1 << 20
 """What one request reads or writes at most: claims of other threads come in between."""
@@ -47,14 +51,21 @@ class ProcessDevice:
     name
         For messages; None: one is made up.
     memory
-        ``shared``: host and worker map the same pages. ``private``, a memory of the device's own, is not built yet.
+        ``shared``: host and worker map the same pages. ``private``: the worker has memory of its own, and a granule of
+        memory moves to whoever touches it, on a fault or ahead of time (`AddressSpace.prefetch`).
+    capacity
+        With private memory: bytes that the worker holds, at most; None: as many as there is memory for.
+    granule
+        With private memory: bytes that move at once, a power of two from 4 KiB to 2 MiB. The same for all private
+        devices of a space.
 
     Raises
     ------
     ValueError
-        There is no such `memory`.
+        There is no such `memory`, `capacity` or `granule`.
     NotSupportedError
-        `memory` is ``private``.
+        `memory` is ``private`` and this process may not use userfaultfd, or the kernel's lacks something; the remedy
+        says what would help.
     OSError
         There is no process or no descriptor to be had.
     RuntimeError
@@ -67,15 +78,15 @@ class ProcessDevice:
     exchange that is under way; a second one does not wait, and costs the device.
     """
 
-    def __init__(self, *, name: str | None = None, memory: Literal["shared", "private"] = "shared") -> None:
-        if memory == "private":
-            raise NotSupportedError(
-                'ProcessDevice(memory="private")',
-                "memory of the device's own comes with the pager, which this version of uvas does not have",
-                'use memory="shared"',
-            )
-        if memory != "shared":
-            raise ValueError(f"a worker's memory is 'shared' or 'private', not {memory!r}")
+    def __init__(
+        self,
+        *,
+        name: str | None = None,
+        memory: Literal["shared", "private"] = "shared",
+        capacity: int | None = None,
+        granule: int | None = None,
+    ) -> None:
+        self._capacity, self._granule = _own_memory(memory, capacity, granule)
         with held_back(even_a_second=True):  # an interrupt afterwards finds an object that ends its worker when it goes
             self._link = Link(name)
             weakref.finalize(self, self._link.abandon).atexit = False
@@ -84,9 +95,14 @@ class ProcessDevice:
         self._info = DeviceInfo(
             name=self._link.name,
             placement="claims",
-            backings=frozenset(("memfd", "descriptor")),
-            details={"pid": self._link.pid, "memory": memory},
+            backings=frozenset(("anonymous", "descriptor") if memory == "private" else ("memfd", "descriptor")),
+            granularity=self._granule if memory == "private" else 0,
+            memory=memory,
+            details={"pid": self._link.pid, "capacity": self._capacity}
+            if memory == "private"
+            else {"pid": self._link.pid},
         )
+        self._faults: int | None = None
 
     @property
     def pid(self) -> int:
@@ -97,6 +113,20 @@ class ProcessDevice:
     def info(self) -> DeviceInfo:
         """What the device declares."""
         return self._info
+
+    def lend_memory(self) -> LentMemory:
+        """Return what the pager needs to serve the worker's faults. Only with private memory.
+
+        Raises
+        ------
+        NotSupportedError
+            The worker may not use userfaultfd.
+        DeviceLostError, ReleasedError
+            As of `claim`.
+        """
+        if self._faults is None:
+            self._faults = self._link.borrow("lend_faults")
+        return LentMemory(self._faults, self._link.pidfd, self._capacity, self._granule)
 
     # ---- what a space asks -------------------------------------------------------------------------------------------
 
@@ -289,9 +319,29 @@ class ProcessDevice:
 
     def __repr__(self) -> str:
         state = "" if self._link.usable else ", gone"
-        return (
-            f"<ProcessDevice {self._info.name!r}: process {self.pid}, shared memory, {len(self._bases)} ranges{state}>"
+        what = f"process {self.pid}, {self._info.memory} memory, {len(self._bases)} ranges"
+        return f"<ProcessDevice {self._info.name!r}: {what}{state}>"
+
+
+def _own_memory(memory: str, capacity: int | None, granule: int | None) -> tuple[int | None, int]:
+    """Check what is asked of a worker's memory, and whether it can be had; return capacity and granule."""
+    if memory not in ("shared", "private"):
+        raise ValueError(f"a worker's memory is 'shared' or 'private', not {memory!r}")
+    if memory == "shared":
+        if capacity is not None or granule is not None:
+            raise ValueError("capacity and granule are of private memory: shared memory is the host's")
+        return None, 0
+    granule = _GRANULE if granule is None else index(granule)
+    if not _GRANULE_LEAST <= granule <= _GRANULE_MOST or granule & (granule - 1):
+        raise ValueError(
+            f"a granule is a power of two from {_GRANULE_LEAST:#x} to {_GRANULE_MOST:#x} bytes, not {granule:#x}"
         )
+    if capacity is not None and index(capacity) < granule:
+        raise ValueError(f"a capacity of {capacity:#x} bytes has no room for a granule of {granule:#x}")
+    code = lib.uvas_private_memory(ffi.new("uint32_t *"))
+    if code < 0:
+        raise failure(code)
+    return capacity, granule
 
 
 def _parts(address: int, size: int) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ are pickled, and errors travel as themselves.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pickle
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, sendfds
+from queue import SimpleQueue
 from typing import Any
 
 __all__ = ["HELLO", "RequestLine", "serve"]
@@ -190,18 +192,48 @@ class RequestLine:
         self._socket.close()
 
 
-def serve(connection: Connection, verbs: Mapping[str, Callable[..., Any]]) -> None:
+def serve(
+    connection: Connection, verbs: Mapping[str, Callable[..., Any]], slow: Mapping[str, Callable[..., Any]]
+) -> None:
     """Answer requests one after the other until the line ends: the worker's end.
 
     A verb that fails answers with its exception. A descriptor that comes with a request is the verb's last argument; it
     is closed when the verb returns.
+
+    Parameters
+    ----------
+    connection
+        The line.
+    verbs
+        Answered in order, by this thread.
+    slow
+        Those that may wait for memory, and so for whoever asks for one of the others: answered in order by a thread of
+        their own.
     """
+    sending = threading.Lock()
+    aside: SimpleQueue[tuple[int, Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
+
+    def answer(tag: int, verb: Callable[..., Any], arguments: tuple[Any, ...], with_descriptor: bool) -> None:
+        said = _pickled(tag, *_answer(connection, verb, arguments, with_descriptor))
+        with sending:
+            connection.send_bytes(said)
+
+    def answer_slowly() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while (request := aside.get()) is not None:
+                answer(*request, with_descriptor=False)
+
+    helper = threading.Thread(target=answer_slowly, name="uvas-slow", daemon=True)
+    helper.start()
     while True:
         try:
             tag, verb, arguments, with_descriptor = pickle.loads(connection.recv_bytes())
-            answer = _answer(connection, verbs[verb], arguments, with_descriptor)
-            connection.send_bytes(_pickled(tag, *answer))
+            if verb in slow:
+                aside.put((tag, slow[verb], arguments))
+            else:
+                answer(tag, verbs[verb], arguments, with_descriptor)
         except (EOFError, OSError):
+            aside.put(None)
             return
 
 

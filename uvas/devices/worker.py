@@ -13,6 +13,7 @@ import io
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -23,7 +24,7 @@ from typing import Any
 from uvas._core import ffi, lib
 from uvas.devices.requests import HELLO, serve
 from uvas.devices.transport import dumps
-from uvas.errors import DeviceError
+from uvas.errors import DeviceError, failure
 from uvas.reservation import Reservation
 from uvas.space import AddressSpace
 
@@ -61,7 +62,9 @@ def main(control: Connection, setup: dict[str, Any]) -> None:
     except BrokenPipeError:  # closed before it was ready: nobody waits for it
         claims.close()
         return
-    threading.Thread(target=serve, args=(control, claims.verbs()), name="uvas-control", daemon=True).start()
+    threading.Thread(
+        target=serve, args=(control, claims.verbs(), claims.slow_verbs()), name="uvas-control", daemon=True
+    ).start()
     _call_functions(work, claims, main_module)
     claims.close()
 
@@ -95,8 +98,12 @@ class Claims:
 
     def verbs(self) -> dict[str, Any]:
         """Return what the control line can ask for."""
-        verbs = (self.claim, self.unclaim, self.commit, self.decommit, self.protect, self.read, self.write)
+        verbs = (self.claim, self.unclaim, self.commit, self.decommit, self.protect, self.lend_faults)
         return {verb.__name__: verb for verb in verbs}
+
+    def slow_verbs(self) -> dict[str, Any]:
+        """Return those that touch memory, which may be elsewhere."""
+        return {"read": self.read, "write": self.write}
 
     @property
     def bases(self) -> dict[int, Reservation]:
@@ -135,6 +142,19 @@ class Claims:
         if not isinstance(found, Reservation):
             raise ValueError(f"{self.name} holds nothing at {address:#x}")
         return found
+
+    def lend_faults(self, line: int) -> int:
+        """Send the host a descriptor for the faults of this process, and return what it can do."""
+        descriptor, features = ffi.new("int32_t *"), ffi.new("uint32_t *")
+        code = lib.uvas_lend_faults(descriptor, features)
+        if code < 0:
+            raise failure(code)
+        try:
+            with socket.socket(fileno=os.dup(line)) as sender:
+                socket.send_fds(sender, [b"f"], [descriptor[0]])
+        finally:
+            os.close(descriptor[0])
+        return int(features[0])
 
     def read(self, address: int, size: int) -> bytes:
         """Return the bytes there, through the kernel: a bad address is an error and no crash."""

@@ -42,7 +42,7 @@ def card_of(devices: Iterable[Device], what: str) -> int:
     if not cards:
         raise ValueError(f"{what} lies in memory that no CUDA device shares: attach one, or copy it by cupy.asarray")
     if len(cards) > 1:
-        current = cupy_module().cuda.device.get_device_id()
+        current = int(cupy_module().cuda.device.get_device_id())
         cards.sort(key=lambda card: card != current)
     return cards[0]
 

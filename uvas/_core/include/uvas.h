@@ -159,6 +159,11 @@ enum uvas_placement { /* how a device agrees to an address */
     UVAS_OWNS = 3,      /* its claim takes the address itself, on the host too: it is asked first; at most one in a space */
 };
 
+enum uvas_memory { /* what a device sees at an address */
+    UVAS_MEMORY_SHARED = 0,  /* what the host sees */
+    UVAS_MEMORY_PRIVATE = 1, /* memory of its own, kept coherent: a granule moves to whoever touches it (see `memory that moves`) */
+};
+
 enum uvas_protection { UVAS_NONE = 0, UVAS_READ = 1, UVAS_WRITE = 2, UVAS_EXECUTE = 4 };
 
 struct uvas_backing_info { /* what is behind a committed range */
@@ -196,6 +201,13 @@ struct uvas_device {
     /* Optional (NULL: none). Called on every claiming device before the first claim is, with what claim will be asked:
      * a device that can work meanwhile starts here and answers in claim. A start is always followed by its claim. */
     void (*start_claim)(void *context, uintptr_t base, size_t size);
+    /* The rest only for a device with memory of its own. It claims, lives with ANONYMOUS memory, and its granularity is a multiple of the granule.
+     * commit is given the descriptor of the device's memory, which its process maps shared at the same addresses; nothing else is asked of it. */
+    uint32_t memory;   /* enum uvas_memory */
+    int32_t faults;    /* a userfaultfd that its process has made (uvas_lend_faults); a duplicate is kept */
+    int32_t process;   /* a pidfd: when that process ends, what it held comes home; -1: it never ends. A duplicate is kept */
+    uint64_t capacity; /* bytes that it holds, at most; 0: as many as there is memory for */
+    size_t granule;    /* bytes that move at once, a power of two from 4 KiB to 2 MiB; 0: 64 KiB. The same for all of a space */
 };
 
 /* Brings a device to a space: claims every live reservation on it and commits what is committed, all or nothing. *device is copied.
@@ -274,6 +286,94 @@ UVAS_API int uvas_pieces(uvas_id reservation, size_t offset, struct uvas_piece *
 UVAS_API int uvas_lease(uvas_id reservation, size_t offset, size_t size, uvas_id *out);
 /* Ends it. Takes no lock and makes no system call: for finalizers and signal handlers. -ESTALE if it has ended. */
 UVAS_API int uvas_unlease(uvas_id lease);
+
+/* ---- memory that moves ------------------------------------------------------------------------------------------------------ */
+
+/* In a space with private devices, memory is valid on the host and on each of them. A *granule* is modified in one place, shared for reading in several,
+ * or nowhere (it reads as zeros). Whoever touches it gets it: a read makes a copy, a write takes the others away. One thread in this process, the pager,
+ * serves the faults of all. Until a device first touches a reservation, or memory in it is prefetched, its memory is the host's and costs nothing.
+ *
+ * Offsets and sizes of commit, decommit and protect in such a reservation are multiples of the granule. Those below may be any inside it, and are widened
+ * to whole granules, but where it says otherwise. */
+
+#define UVAS_STAYED 16
+
+struct uvas_stays { /* part of a range that did not move */
+    uintptr_t base;
+    size_t size;
+};
+
+struct uvas_moved {
+    uint64_t bytes; /* that are at the target now and were not before */
+    uint32_t stayed_count; /* ranges that stayed; the first UVAS_STAYED of them are in `stayed` */
+    int32_t why;           /* they did: -EBUSY: pinned, by I/O in flight or by uvas_pin_host; -EIO: lost; -ENOMEM: not committed, or no memory */
+    struct uvas_stays stayed[UVAS_STAYED];
+};
+
+/* Moves a range to a device of its space, or to the host (device 0), without a fault; advice may make it a copy. 0, also where nothing had to move;
+ * -EBUSY: some of it stayed, *out says what; -ENOSPC: it is more than the device may hold; -ENOMEM; -ENOTSUP: memory that cannot move (a descriptor).
+ * `out` may be NULL. On a device without memory of its own there is nothing to do. */
+UVAS_API int uvas_prefetch(uvas_id reservation, size_t offset, size_t size, uvas_id device, struct uvas_moved *out);
+
+enum uvas_advice {
+    UVAS_ADVISE_NOTHING = 0,      /* takes all advice back */
+    UVAS_ADVISE_READ_MOSTLY = 1,  /* a prefetch copies and takes nothing away */
+    UVAS_ADVISE_PREFERRED = 2,    /* the device keeps it as long as others can be evicted; 0: the host */
+    UVAS_ADVISE_ACCESSED_BY = 3,  /* the device keeps a copy when it is prefetched elsewhere */
+};
+
+UVAS_API int uvas_advise(uvas_id reservation, size_t offset, size_t size, uint32_t advice, uvas_id device);
+
+enum uvas_page { /* where a page is: the host, the i-th private device that joined (bits 1 to 27), and */
+    UVAS_PAGE_HOST = 1,
+    UVAS_PAGE_LOST = 1 << 28,       /* its bytes are gone: a touch is SIGBUS, until uvas_discard */
+    UVAS_PAGE_DUPLICATED = 1 << 29, /* more than one has it */
+    UVAS_PAGE_READ_ONLY = 1 << 30,  /* by uvas_protect */
+};
+#define UVAS_PAGE_PROTECTED 0x80000000u /* by uvas_protect: no access */
+
+/* A word of enum uvas_page for each page of the host from `offset` on, without a fault; 0: nowhere, or not committed. *out has room for size / page. */
+UVAS_API int uvas_where(uvas_id reservation, size_t offset, size_t size, uint32_t *out);
+/* The bit of a device in those words; 0: it has no memory of its own. */
+UVAS_API int uvas_page_bit(uvas_id space, uvas_id device, uint32_t *out);
+
+/* Contents do not matter any more: granules that lie inside the range as a whole read as zeros, nothing is copied, what was lost is forgotten. */
+UVAS_API int uvas_discard(uvas_id reservation, size_t offset, size_t size);
+
+struct uvas_pin { /* the caller's memory, from pin to unpin; nothing in it is for the caller */
+    uint64_t private_[8];
+};
+
+/* The range comes home and stays: devices that want it wait. It cannot be released meanwhile. */
+UVAS_API int uvas_pin_host(uvas_id reservation, size_t offset, size_t size, struct uvas_pin *pin);
+UVAS_API int uvas_unpin_host(struct uvas_pin *pin);
+
+struct uvas_traffic { /* of one party */
+    uvas_id device; /* 0: the host */
+    uint64_t read_faults, write_faults; /* granted */
+    uint64_t bytes_in, bytes_out;
+    uint64_t resident_bytes, capacity, evictions; /* devices only; evictions: granules */
+};
+
+struct uvas_movement {
+    uint64_t pager_ns; /* the pager's time at work, for all spaces */
+    uint64_t granule;  /* bytes */
+    uint64_t metadata_bytes; /* directories as far as they are in RAM, and what the pager knows of the devices */
+    uint32_t count;    /* parties: the host and each private device; 0: there is none */
+    uint32_t unused;
+    struct uvas_traffic parties[28];
+};
+
+UVAS_API int uvas_movement(uvas_id space, struct uvas_movement *out);
+
+enum uvas_private_feature { /* what private memory can do here */
+    UVAS_PRIVATE_PINNED = 1,   /* pages with I/O in flight are safe: they do not move (Linux 6.8) */
+    UVAS_PRIVATE_POISON = 2,   /* a touch of what was lost is SIGBUS (Linux 6.6) */
+    UVAS_PRIVATE_USER_ONLY = 4, /* no privilege: a system call that touches a page which is elsewhere fails with EFAULT; uvas_pin_host helps */
+};
+
+/* Whether this process can have devices with memory of their own: 0 and a set of enum uvas_private_feature, or -ENOTSUP. */
+UVAS_API int uvas_private_memory(uint32_t *features);
 
 /* ---- whose address is this? ------------------------------------------------------------------------------------------------ */
 
@@ -463,6 +563,8 @@ UVAS_API int uvas_heal(uvas_id space, struct uvas_finding *out, size_t capacity,
 
 /* Ends this process when process `pid` (its parent) ends, however it ends, by a thread with all signals blocked. */
 UVAS_API int uvas_end_with(int32_t pid);
+/* A descriptor for the faults of this process in shared memory, for the host: to be sent there and closed. *features: enum uvas_private_feature. */
+UVAS_API int uvas_lend_faults(int32_t *out, uint32_t *features);
 /* Copies through the kernel: -EFAULT where an address is not accessible, instead of a crash. */
 UVAS_API int uvas_peek(uintptr_t address, void *out, size_t size);
 UVAS_API int uvas_poke(uintptr_t address, const void *data, size_t size);
@@ -489,6 +591,13 @@ UVAS_API int uvas_test_kernel(uint32_t kernel, uint32_t lacks);
 UVAS_API void uvas_test_fail(uint64_t k, int32_t error, uint32_t lasting);
 /* Fallible system calls since the last uvas_test_fail. */
 UVAS_API uint64_t uvas_test_calls(void);
+
+struct uvas_test_step { /* what the directory does: see uvas_test_transition */
+    uint32_t steps, source, drops, after;
+};
+
+/* The protocol of one granule: what must happen so that `party` may read (or write) where its word is `word`; see directory.h. */
+UVAS_API int uvas_test_transition(uint32_t word, uint32_t party, uint32_t write, struct uvas_test_step *out);
 
 /* cffi: end */
 

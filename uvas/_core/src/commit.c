@@ -15,6 +15,7 @@
 #include "failure.h"
 #include "limits.h"
 #include "maps.h"
+#include "mirrors.h"
 #include "registry.h"
 #include "space.h"
 
@@ -32,7 +33,7 @@ static bool changing(const struct uvas_record *record, size_t start, size_t end)
 }
 
 static int aligned_inside(const struct uvas_record *record, size_t offset, size_t size) {
-    size_t unit = uvas_vm_platform.page_size;
+    size_t unit = record->mirror ? uvas_mirrors_unit(record) : uvas_vm_platform.page_size;
     if (size == 0 || (offset | size) & (unit - 1)) {
         return uvas_fail_invalid("[0x%zx, +0x%zx) of the reservation at 0x%lx: offset and size are multiples of 0x%zx, the size is not 0", offset,
                                  size, record->base, unit);
@@ -380,8 +381,11 @@ static int commit_part(const struct plan *plan, const struct uvas_piece_entry *w
 static void uncommit_part(const struct plan *plan, const struct uvas_piece_entry *was, const struct uvas_piece_entry *is, bool *poisoned) {
     struct uvas_record *record = plan->record;
     if (!uvas_piece_committed(was)) {
+        struct uvas_stretch going;
         *poisoned |= uvas_party_decommit(record, is, poisoned) < 0;
+        uvas_mirrors_suspend(record, is->start, is->end, &going);
         *poisoned |= take_memory(plan, was, is) < 0;
+        uvas_mirrors_settle(record, &going, true);
     } else if (was->protection != is->protection) {
         *poisoned |= protect_part(plan, was, is->protection, was->protection, poisoned) < 0;
     }
@@ -583,6 +587,10 @@ static int decommit(uvas_id reservation, size_t offset, size_t size, bool under_
     rc = make_plan(record, &change, &plan);
     rc = rc == 0 ? decommit_devices(&plan, &devices, &poisoned) : rc;
     bool reversible = loses_nothing(&plan);
+    struct uvas_stretch going = {0};
+    if (rc == 0) {
+        uvas_mirrors_suspend(record, change.start, change.end, &going);
+    }
     for (size_t first = 0; rc == 0 && first < plan.count; first++) {
         size_t last = run_end(&plan, first);
         rc = first < last ? hold_run(&plan, first, last) : 0;
@@ -597,6 +605,7 @@ static int decommit(uvas_id reservation, size_t offset, size_t size, bool under_
             record->stale = true;
         }
     }
+    uvas_mirrors_settle(record, &going, rc == 0);
     if (rc < 0) {
         recommit_devices(&plan, devices, &poisoned);
         return end_failed(&plan, &change, poisoned, rc);
@@ -641,7 +650,7 @@ int uvas_empty_leased(uvas_id reservation, size_t offset, size_t size) {
         if (uvas_piece_committed(part) && part->kind == UVAS_BACKING_MEMFD) {
             rc = uvas_vm_punch(part->file->fd, part->offset, length(part));
         } else if (uvas_piece_committed(part) && part->kind == UVAS_BACKING_ANONYMOUS) {
-            rc = uvas_vm_drop(where(&plan, part), length(part));
+            rc = record->mirror ? uvas_mirrors_discard(record, part->start, part->end) : uvas_vm_drop(where(&plan, part), length(part));
         } else {
             rc = -ENOTSUP;
         }
@@ -734,6 +743,8 @@ static int map_over(struct plan *plan, const struct uvas_piece_entry *fresh, boo
         recommit_devices(plan, devices, poisoned);
         return rc;
     }
+    struct uvas_stretch going;
+    uvas_mirrors_suspend(plan->record, fresh->start, fresh->end, &going);
     rc = uvas_party_commit(plan->record, fresh, poisoned);
     if (rc == 0) {
         rc = map_part(plan, fresh, poisoned); /* last: private contents under it are gone with it */
@@ -744,6 +755,7 @@ static int map_over(struct plan *plan, const struct uvas_piece_entry *fresh, boo
             *uvas_fail(said.kind, said.code) = said;
         }
     }
+    uvas_mirrors_settle(plan->record, &going, rc == 0);
     if (rc < 0) {
         recommit_devices(plan, devices, poisoned);
         return rc;

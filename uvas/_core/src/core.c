@@ -16,6 +16,7 @@
 
 #include "arena.h"
 #include "failure.h"
+#include "mirrors.h"
 #include "registry.h"
 #include "search.h"
 #include "space.h"
@@ -65,6 +66,7 @@ static int look_at_library(struct dl_phdr_info *info, size_t size, void *found) 
 /* ---- fork --------------------------------------------------------------------------------------------------------------------------------------- */
 
 static void before_fork(void) {
+    uvas_mirrors_before_fork(); /* first: it waits for the pager, which takes none of the locks below */
     uvas_arenas_before_fork();
     uvas_registry_lock(); /* so that the child's copy of all records is whole */
 }
@@ -72,6 +74,7 @@ static void before_fork(void) {
 static void after_fork_in_parent(void) {
     uvas_registry_unlock();
     uvas_arenas_after_fork_in_parent();
+    uvas_mirrors_after_fork_in_parent();
 }
 
 /* The parent's ids are dead here, its mappings stay as any memory does. Its descriptors are closed: mappings do not need them. */
@@ -89,6 +92,7 @@ static void after_fork_in_child(void) {
             }
         }
     }
+    uvas_mirrors_after_fork_in_child();
     uvas_spaces = NULL;
     uvas_slots_forget(&uvas_space_slots);
     uvas_slots_forget(&uvas_record_slots);
@@ -225,16 +229,20 @@ static void *wait_for_parent(void *parent) {
     return NULL;
 }
 
-int uvas_end_with(int32_t pid) {
-    pthread_t thread;
-    pthread_attr_t attributes;
+int uvas_thread_start(pthread_t *thread, void *(*run)(void *), void *argument) {
     sigset_t all, before;
     sigfillset(&all);
-    (void)pthread_attr_init(&attributes);
-    (void)pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     (void)pthread_sigmask(SIG_SETMASK, &all, &before); /* the thread inherits it: no handler ever runs there */
-    int rc = -pthread_create(&thread, &attributes, wait_for_parent, (void *)(intptr_t)pid);
+    int rc = -pthread_create(thread, NULL, run, argument);
     (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
-    (void)pthread_attr_destroy(&attributes);
+    return rc;
+}
+
+int uvas_end_with(int32_t pid) {
+    pthread_t thread;
+    int rc = uvas_thread_start(&thread, wait_for_parent, (void *)(intptr_t)pid);
+    if (rc == 0) {
+        (void)pthread_detach(thread);
+    }
     return rc;
 }

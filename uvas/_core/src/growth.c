@@ -24,6 +24,10 @@ static int open_huge(const struct uvas_arena *arena, struct uvas_region *region,
 
 int uvas_arena_add_region(struct uvas_arena *arena, uvas_id reservation, uintptr_t base, size_t size, bool ours) {
     uintptr_t start = base, end = base + size;
+    if ((arena->flags & UVAS_ARENA_GUARD) && uvas_reservation_moves(reservation)) {
+        return uvas_fail_unsupported("guards in memory that moves", "an arena without guards, or a space without private devices",
+                                     "a guard stays where it is, and the granule around it with it: [0x%lx, 0x%lx)", base, base + size);
+    }
     if (arena->pages == UVAS_PAGES_HUGE) {
         start = round_up(start, UVAS_SPAN);
         end = end / UVAS_SPAN * UVAS_SPAN;

@@ -153,3 +153,11 @@ struct uvas_region *uvas_region_at(uintptr_t address) {
     struct uvas_record *record = uvas_slots_get(&uvas_record_slots, entry.value & ~(UVAS_REGISTRY_HIDDEN | UVAS_REGISTRY_FOREIGN));
     return record ? atomic_load_explicit(&record->region, memory_order_acquire) : NULL;
 }
+
+bool uvas_reservation_moves(uvas_id reservation) {
+    uvas_registry_lock();
+    const struct uvas_record *record = uvas_slots_get(&uvas_record_slots, reservation);
+    bool moves = record && record->mirror;
+    uvas_registry_unlock();
+    return moves;
+}

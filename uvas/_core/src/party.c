@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "failure.h"
-#include "space.h"
+#include "mirrors.h"
 #include "vm.h"
 
 bool uvas_party_claims(const struct uvas_party *party) {
@@ -92,6 +92,7 @@ int uvas_party_claim(struct uvas_record *record, struct uvas_obstacle *obstacle,
         *poisoned |= unrecoverable(rc);
         outcome = rc != 0 && (outcome == 0 || outcome == -EEXIST) ? rc : outcome;
     }
+    outcome = outcome == 0 ? uvas_mirrors_claim(record) : outcome;
     for (uint32_t i = space->party_count; outcome != 0 && i-- > 0;) {
         if (claimed[i] && !unclaim(space->parties[i], record)) {
             *poisoned = true;
@@ -115,26 +116,42 @@ static bool pinned_by_others(const struct uvas_party *party, const struct uvas_r
     return pinned;
 }
 
-static int commit_on(const struct uvas_party *party, const struct uvas_record *record, const struct uvas_piece_entry *piece) {
-    struct uvas_backing_info backing = backing_of(piece);
-    uintptr_t base = record->base + piece->start;
-    size_t size = piece->end - piece->start;
-    int rc = pins(party, piece) ? uvas_vm_inherit(base, size, false) : 0;
-    rc = rc == 0 ? party->device.commit(party->device.context, base, size, &backing, piece->protection) : rc;
-    if (rc != 0 && pins(party, piece) && !pinned_by_others(party, record, piece)) {
-        (void)uvas_vm_inherit(base, size, true);
-    }
-    return rc;
+/* Whether the device has a copy of its own of the part, rather than what the host has. */
+static bool mirrored(const struct uvas_party *party, const struct uvas_piece_entry *piece) {
+    return party->member && piece->kind == UVAS_BACKING_ANONYMOUS;
 }
 
 static int decommit_on(const struct uvas_party *party, const struct uvas_record *record, const struct uvas_piece_entry *piece) {
     uintptr_t base = record->base + piece->start;
     size_t size = piece->end - piece->start;
     int rc = party->device.decommit(party->device.context, base, size);
+    if (rc == 0 && mirrored(party, piece)) {
+        uvas_mirrors_unwatch(record, party, piece->start, piece->end);
+    }
     if (rc == 0 && pins(party, piece) && !pinned_by_others(party, record, piece)) {
         (void)uvas_vm_inherit(base, size, true); /* it may stay on the host, if the device leaves */
     }
     return rc;
+}
+
+static int commit_on(const struct uvas_party *party, const struct uvas_record *record, const struct uvas_piece_entry *piece) {
+    struct uvas_backing_info backing = backing_of(piece);
+    uintptr_t base = record->base + piece->start;
+    size_t size = piece->end - piece->start;
+    bool own = mirrored(party, piece);
+    if (own) {
+        uvas_mirrors_backing(record, party, piece->start, &backing);
+    }
+    int rc = pins(party, piece) ? uvas_vm_inherit(base, size, false) : 0;
+    rc = rc == 0 ? party->device.commit(party->device.context, base, size, &backing, piece->protection) : rc;
+    if (rc != 0 && pins(party, piece) && !pinned_by_others(party, record, piece)) {
+        (void)uvas_vm_inherit(base, size, true);
+    }
+    int watched = rc == 0 && own ? uvas_mirrors_watch(record, party, piece->start, piece->end) : 0;
+    if (watched < 0) {
+        (void)decommit_on(party, record, piece);
+    }
+    return rc != 0 ? rc : watched;
 }
 
 static int protect_on(const struct uvas_party *party, const struct uvas_record *record, const struct uvas_piece_entry *piece, uint32_t protection) {
@@ -154,7 +171,11 @@ int uvas_party_commit(struct uvas_record *record, const struct uvas_piece_entry 
             return uvas_fail_device(record->base + piece->start, piece->end - piece->start, name, "commit", rc);
         }
     }
-    return 0;
+    int rc = record->mirror && piece->kind == UVAS_BACKING_ANONYMOUS ? uvas_mirrors_commit(record, piece->start, piece->end) : 0;
+    for (uint32_t i = rc < 0 ? space->party_count : 0; i-- > 0;) {
+        *poisoned |= decommit_on(space->parties[i], record, piece) != 0;
+    }
+    return rc;
 }
 
 int uvas_party_decommit(struct uvas_record *record, const struct uvas_piece_entry *piece, bool *poisoned) {
@@ -201,9 +222,16 @@ int uvas_party_bring(struct uvas_record *record, struct uvas_party *party, bool 
     if (rc == -EEXIST) {
         return uvas_fail_in_use(record->base, record->size, &obstacle);
     }
+    if (rc == 0 && party->member && (rc = uvas_mirrors_claim_one(record, party)) < 0) {
+        *poisoned |= !unclaim(party, record);
+        return rc;
+    }
     for (size_t i = 0; rc == 0 && i < record->pieces.count; i++) {
         const struct uvas_piece_entry *piece = &record->pieces.list[i];
         int answer = uvas_piece_committed(piece) ? commit_on(party, record, piece) : 0;
+        if (answer == 0 && uvas_piece_committed(piece) && mirrored(party, piece)) {
+            answer = uvas_mirrors_commit(record, piece->start, piece->end); /* where the directory knows it already, nothing changes */
+        }
         if (answer != 0) {
             rc = uvas_fail_device(record->base + piece->start, piece->end - piece->start, party->name, "commit", answer);
             *poisoned |= unrecoverable(answer);

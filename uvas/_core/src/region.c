@@ -215,3 +215,7 @@ bool uvas_region_touched(const struct uvas_region *region, uintptr_t base, uintp
     *until = page < last ? origin + (page << uvas_page_shift) : end;
     return touched;
 }
+
+bool uvas_region_guarded(const struct uvas_region *region) {
+    return (region->arena->flags & UVAS_ARENA_GUARD) != 0;
+}

@@ -18,6 +18,7 @@
 
 #include "failure.h"
 #include "limits.h"
+#include "mirrors.h"
 #include "registry.h"
 #include "search.h"
 #include "space.h"
@@ -638,7 +639,12 @@ FLAT int release_record(struct uvas_record *record) {
         uvas_registry_unlock();
         return rc;
     }
+    struct uvas_stretch all = {0};
+    if (record->mirror) {
+        uvas_mirrors_close(record, &all);
+    }
     bool kept = reservation && !poisoned && host_keeps(record);
+    uvas_mirrors_drop(record, &all);
     struct remains remains = {NULL, NULL};
     uvas_registry_lock();
     unlink_record(record);

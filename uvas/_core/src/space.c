@@ -7,6 +7,7 @@
 
 #include "failure.h"
 #include "limits.h"
+#include "mirrors.h"
 #include "nodes.h"
 #include "registry.h"
 #include "space.h"
@@ -133,6 +134,13 @@ int uvas_space_close(uvas_id id) {
         uvas_registry_lock();
     }
     int tag = space->tag;
+    for (uint32_t i = 0; rc == 0 && i < space->party_count; i++) { /* no reservation is left, so nothing comes home */
+        if (space->parties[i]->member) {
+            uvas_registry_unlock();
+            (void)uvas_mirrors_part(space, space->parties[i]);
+            uvas_registry_lock();
+        }
+    }
     if (rc == 0) {
         forget_space(space);
     } else {
@@ -195,6 +203,12 @@ static int suits(const struct uvas_space *space, const struct uvas_party *party)
         if (record->kind == UVAS_RESERVATION && !(reachable && aligned)) {
             return uvas_fail_unsupported("the device's window or granularity", "attach it before reserving", "device %s cannot address [0x%lx, 0x%lx)",
                                          party->name, record->base, record->base + record->size);
+        }
+        const struct uvas_region *region = atomic_load_explicit(&record->region, memory_order_relaxed);
+        if (device->memory == UVAS_MEMORY_PRIVATE && region && uvas_region_guarded(region)) {
+            return uvas_fail_unsupported("guards in memory that moves", "an arena without guards, or a device that shares the host's memory",
+                                         "device %s has memory of its own, and an arena has guards in [0x%lx, 0x%lx)", party->name, record->base,
+                                         record->base + record->size);
         }
         for (size_t i = 0; i < record->pieces.count; i++) {
             const struct uvas_piece_entry *piece = &record->pieces.list[i];
@@ -259,7 +273,15 @@ int uvas_attach(uvas_id space_id, const struct uvas_device *device, uvas_id *out
         uint32_t at = party->device.placement == UVAS_OWNS ? 0 : space->party_count - 1;
         remove_party(space, at);
     }
+    bool private = device->memory == UVAS_MEMORY_PRIVATE;
+    rc = rc == 0 && private ? uvas_mirrors_suit(space, device) : rc;
+    rc = rc == 0 && private ? uvas_mirrors_join(space, party) : rc;
     rc = rc == 0 ? bring_all(space, party) : rc;
+    if (rc < 0 && party->member) {
+        struct uvas_failure said = *uvas_last_failure();
+        (void)uvas_mirrors_part(space, party);
+        *uvas_fail(said.kind, said.code) = said;
+    }
     uvas_registry_lock();
     uvas_id id = 0;
     if (rc == 0) {
@@ -327,7 +349,13 @@ int uvas_detach(uvas_id space_id, uvas_id device) {
         at++;
     }
     struct uvas_party *party = at < space->party_count ? space->parties[at] : NULL;
-    rc = party ? leave_all(space, party) : uvas_fail_released("device", device);
+    rc = party ? 0 : uvas_fail_released("device", device);
+    rc = rc == 0 && party->member ? uvas_mirrors_home(party) : rc; /* first: the host may have no room for it */
+    rc = rc == 0 ? leave_all(space, party) : rc;
+    if (rc == 0 && party->member && (rc = uvas_mirrors_part(space, party)) < 0) { /* it took more meanwhile, for which there is no room */
+        struct uvas_failure said = *uvas_last_failure();
+        bring_back(space, NULL, party, &said);
+    }
     if (rc == 0) {
         uvas_registry_lock();
         remove_party(space, at);

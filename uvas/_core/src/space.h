@@ -9,6 +9,7 @@
  *   lease.c    who uses the memory
  *   audit.c    audit, heal, check
  *   search.c   where to try next
+ *   mirrors.c  devices with memory of their own (pager.h)
  *
  * One lock, registry.h's, guards every field below; it is never held over a system call, a callback or a touch of user memory. So work goes:
  * take the lock, look and mark, drop it, act, take it, publish. The marks are three:
@@ -47,6 +48,10 @@ struct uvas_change { /* on the stack of the thread that changes */
 };
 
 struct uvas_region; /* arena.h */
+bool uvas_region_guarded(const struct uvas_region *region); /* its arena puts guards between blocks */
+struct uvas_mirror; /* pager.h, as are the next two: what devices with memory of their own need */
+struct uvas_member;
+struct uvas_domain;
 
 struct uvas_lease {
     struct uvas_slot slot;
@@ -77,6 +82,7 @@ struct uvas_record { /* a reservation or an adoption */
     uint32_t room_wanted; /* entries that operations at work may yet add to pieces */
     struct uvas_file *file; /* the backing memfd, once there is one */
     _Atomic(struct uvas_region *) region; /* an arena's, or NULL. Written under the lock, read by anyone: regions are never freed */
+    struct uvas_mirror *mirror; /* NULL: no private device sees it. Made before it lives, or while the space is exclusive */
     struct uvas_record *next, *previous; /* in space->records, or in the quarantine */
     char name[UVAS_NAME_BYTES];
 };
@@ -84,6 +90,7 @@ struct uvas_record { /* a reservation or an adoption */
 struct uvas_party { /* a device as attached; written under the lock while the space is exclusive, so readable by calls at work */
     struct uvas_slot slot;
     struct uvas_device device;
+    struct uvas_member *member; /* it has memory of its own, or NULL */
     char name[UVAS_NAME_BYTES];
 };
 
@@ -106,6 +113,7 @@ struct uvas_space {
     bool closing; /* exclusive, and no lease is given any more */
     struct uvas_party *parties[UVAS_DEVICES_MAX]; /* in the order of attach; an owner first */
     uint32_t party_count;
+    struct uvas_domain *domain; /* of its private devices, or NULL; written while it is exclusive */
     struct uvas_record *records;
     struct uvas_recent recent;
     struct uvas_space_stats stats;
@@ -186,6 +194,7 @@ void uvas_change_end(struct uvas_record *record, struct uvas_change *change); /*
  * it either. uvas_find_allocation finds the region by it. */
 int uvas_lease_region(uvas_id reservation, bool all, struct uvas_region *region, uvas_id *out);
 void uvas_unlease_region(uvas_id reservation, uvas_id lease);
+bool uvas_reservation_moves(uvas_id reservation); /* a device with memory of its own sees it. Takes the lock */
 /* The arena's region that holds an address, or NULL. No lock. */
 struct uvas_region *uvas_region_at(uintptr_t address);
 

@@ -44,6 +44,7 @@ _Static_assert(UVAS_READ == PROT_READ && UVAS_WRITE == PROT_WRITE && UVAS_EXECUT
 #endif
 #define GUARD_INSTALL 102 /* MADV_GUARD_INSTALL, Linux 6.13 */
 #define GUARD_REMOVE 103
+#define DONTNEED_LOCKED 24 /* MADV_DONTNEED_LOCKED, Linux 5.18 */
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 0x0008U
 #endif
@@ -125,6 +126,10 @@ static inline int gate(void) {
         return gate_armed();
     }
     return 0;
+}
+
+int uvas_vm_gate(void) {
+    return gate();
 }
 
 #define GATED(call)                              \
@@ -278,6 +283,12 @@ int uvas_vm_drop(uintptr_t base, size_t size) {
     GATED(syscall(SYS_madvise, base, size, MADV_DONTNEED));
 }
 
+int uvas_vm_drop_surely(uintptr_t base, size_t size) {
+    long rc = syscall(SYS_madvise, base, size, MADV_DONTNEED);
+    rc = rc < 0 && errno == EINVAL ? syscall(SYS_madvise, base, size, DONTNEED_LOCKED) : rc;
+    return rc < 0 ? -errno : 0;
+}
+
 int uvas_vm_guard(uintptr_t base, size_t size) {
     if (!uvas_vm_platform.has_guard) {
         return -ENOTSUP;
@@ -344,8 +355,43 @@ int uvas_vm_memfd(const char *name, size_t size) {
     return fd;
 }
 
+int uvas_vm_punch_surely(int fd, int64_t offset, size_t size) {
+    return syscall(SYS_fallocate, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size) == 0 ? 0 : -errno;
+}
+
 int uvas_vm_punch(int fd, int64_t offset, size_t size) {
-    GATED(syscall(SYS_fallocate, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size));
+    int refused = gate();
+    return refused ? -refused : uvas_vm_punch_surely(fd, offset, size);
+}
+
+int uvas_vm_allocate(int fd, int64_t offset, size_t size) {
+    GATED(syscall(SYS_fallocate, fd, 0, offset, size));
+}
+
+long uvas_vm_write_at(int fd, const void *from, size_t size, int64_t offset) {
+    int refused = gate();
+    if (refused) {
+        return -refused;
+    }
+    long put = syscall(SYS_pwrite64, fd, from, size, offset);
+    return put < 0 ? -errno : put;
+}
+
+long uvas_vm_read_at(int fd, void *out, size_t size, int64_t offset) {
+    int refused = gate();
+    if (refused) {
+        return -refused;
+    }
+    long got = syscall(SYS_pread64, fd, out, size, offset);
+    return got < 0 ? -errno : got;
+}
+
+int uvas_vm_open_pages(void) {
+    GATED(syscall(SYS_openat, AT_FDCWD, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+}
+
+int uvas_vm_open_memory(void) {
+    GATED(syscall(SYS_openat, AT_FDCWD, "/proc/self/mem", O_RDONLY | O_CLOEXEC));
 }
 
 int uvas_vm_duplicate(int fd) {
@@ -523,6 +569,22 @@ void *uvas_vm_pages(size_t size_bytes) {
     }
     long at = map_native(0, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return at < 0 ? NULL : (void *)at;
+}
+
+int uvas_vm_dont_fork(void *at, size_t size_bytes) {
+    GATED(syscall(SYS_madvise, at, size_bytes, MADV_DONTFORK));
+}
+
+void *uvas_vm_alias(int fd, size_t size_bytes) {
+    long at = map(0, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    if (at < 0) {
+        return NULL;
+    }
+    if (uvas_vm_dont_fork((void *)at, size_bytes) < 0) {
+        (void)syscall(SYS_munmap, at, size_bytes);
+        return NULL;
+    }
+    return (void *)at;
 }
 
 void *uvas_vm_huge_pages(size_t size_bytes) {

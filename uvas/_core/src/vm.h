@@ -36,6 +36,9 @@ struct uvas_file_id { /* tells whose a mapping is */
     uint32_t block_size; /* what lengths of mappings of it are multiples of; the page size but for hugetlb */
 };
 
+/* 0, or the error that the next system call shall answer: the tests' fault knob, for the files beside vm.c that make system calls. */
+int uvas_vm_gate(void);
+
 /* The platform; valid after uvas_vm_learn. Written by uvas_vm_learn only, before any other thread reads it (core.c orders them). */
 extern struct uvas_platform uvas_vm_platform;
 int uvas_vm_learn(void);
@@ -61,6 +64,8 @@ int uvas_vm_overlay(uintptr_t base, size_t size, enum uvas_vm_overlay_kind kind,
 int uvas_vm_try(size_t size, enum uvas_vm_overlay_kind kind, uint32_t protection, int fd, int64_t offset);
 int uvas_vm_protect(uintptr_t base, size_t size, uint32_t protection);
 int uvas_vm_drop(uintptr_t base, size_t size);     /* contents gone, mapping stays */
+/* The same, also where memory is locked, and past the tests' knob: for what must not stay, as nothing else says that it is gone. 0 or -errno. */
+int uvas_vm_drop_surely(uintptr_t base, size_t size);
 int uvas_vm_guard(uintptr_t base, size_t size);    /* contents gone, no access, no mapping used */
 int uvas_vm_unguard(uintptr_t base, size_t size);
 int uvas_vm_populate(uintptr_t base, size_t size, uint32_t protection);
@@ -71,6 +76,12 @@ int uvas_vm_inherit(uintptr_t base, size_t size, bool inherited); /* whether the
 int uvas_vm_tag(const char *name);                 /* a sealed, empty memfd */
 int uvas_vm_memfd(const char *name, size_t size);  /* a sparse one */
 int uvas_vm_punch(int fd, int64_t offset, size_t size);
+int uvas_vm_punch_surely(int fd, int64_t offset, size_t size); /* past the tests' knob: to undo */
+int uvas_vm_allocate(int fd, int64_t offset, size_t size); /* pages of zeros where holes are */
+long uvas_vm_write_at(int fd, const void *from, size_t size, int64_t offset); /* bytes or -errno */
+long uvas_vm_read_at(int fd, void *out, size_t size, int64_t offset);
+int uvas_vm_open_pages(void);  /* /proc/self/pagemap: eight bytes a page, bit 63: present, bit 62: swapped out */
+int uvas_vm_open_memory(void); /* /proc/self/mem: what is there, through the kernel */
 int uvas_vm_duplicate(int fd);
 void uvas_vm_close(int fd);
 int uvas_vm_identify(int fd, struct uvas_file_id *out);
@@ -89,6 +100,8 @@ uint64_t uvas_vm_limit(int resource); /* the soft limit; UINT64_MAX: none */
 /* -- our own bookkeeping -- */
 
 void *uvas_vm_pages(size_t size_bytes); /* zeroed private memory for our own bookkeeping, never given back; or NULL */
+int uvas_vm_dont_fork(void *at, size_t size_bytes); /* a child of fork does not have it */
+void *uvas_vm_alias(int fd, size_t size_bytes); /* a file, shared, where the kernel likes, not in a child of fork; or NULL */
 #define UVAS_VM_HUGE_PAGE ((size_t)2 << 20)
 void *uvas_vm_huge_pages(size_t size_bytes); /* likewise, of whole huge pages, and aligned to them */
 

@@ -303,6 +303,8 @@ def _why_not_together(name: StrategyName, cards: list[CudaDevice], others: list[
         if isinstance(other, CudaDevice):
             continue
         declared = other.info
+        if declared.memory == "private":
+            return f"{declared.name} has memory of its own, and the driver does not see pages that move by userfaultfd"
         if not declared.backings & _STRATEGIES[name].backings:
             return f"{declared.name} lives with {', '.join(sorted(declared.backings))} memory only"
     return ""

@@ -121,14 +121,14 @@ class Hmm(Strategy):
         Raises
         ------
         ValueError
-            There is no such advice, or it needs to be told for whom.
+            There is no such advice.
         NotSupportedError, DeviceError
             As of `prefetch`.
         """
         if advice is not None and advice not in _ADVICE:
             raise ValueError(f"{advice!r} is no advice: {', '.join(_ADVICE)}, or None")
         if advice not in (None, "read_mostly") and applies is None:
-            raise ValueError(f"{advice} of whom? Name the device, or 'host'")
+            return  # it is of another device
         self._movable("advise")
         given = [f"SET_{_ADVICE[advice]}"] if advice else [f"UNSET_{name}" for name in _ADVICE.values()]
         location = self._location(applies or "device")
@@ -141,9 +141,10 @@ class Hmm(Strategy):
         """Tell by the kernel's book, without a fault, where each page is; None: it cannot be told.
 
         To the kernel a page on the card is one that is swapped out. Where the machine swaps for real the two cannot be
-        told apart by everybody, and where host and card share page tables a page on the card is an ordinary one.
+        told apart by everybody, nor can two cards, and where host and card share page tables a page on the card is an
+        ordinary one.
         """
-        if self.card.attributes["through the host's page tables"] or _swaps():
+        if self.card.attributes["through the host's page tables"] or len(driver.ordinals()) > 1 or _swaps():
             return None
         try:
             with open("/proc/self/pagemap", "rb", buffering=0) as book:
