@@ -8,14 +8,17 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from cuda_evidence import Evidence
 from machine import mappings
 
 import uvas
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Take interrupts, whoever started the tests: a shell lets what it starts in the background ignore them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if config.option.markexpr == "cuda":
+        config.pluginmanager.register(Evidence())
 
 
 def pytest_report_header() -> str:

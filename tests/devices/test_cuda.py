@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
@@ -807,3 +808,21 @@ def fake_properties():
     properties.type = driver.enum("CUmemAllocationType", "CU_MEM_ALLOCATION_TYPE_PINNED")
     properties.location.type = driver.enum("CUmemLocationType", "CU_MEM_LOCATION_TYPE_HOST")
     return properties
+
+
+def test_evidence_is_written_as_tests_end(plug, tmp_path):
+    from cuda_evidence import Evidence
+
+    plug(FakeCard())
+    evidence = Evidence(tmp_path / "cuda_tests.json")
+
+    class Report:
+        when, outcome, nodeid = "call", "skipped", "one"
+
+    evidence.pytest_runtest_logreport(Report)  # type: ignore[arg-type]
+    assert not evidence.path.exists()  # nothing was seen
+    Report.outcome, Report.nodeid = "passed", "two"
+    evidence.pytest_runtest_logreport(Report)  # type: ignore[arg-type]
+    content = json.loads(evidence.path.read_text())
+    assert content["tests"] == {"one": "skipped", "two": "passed"}
+    assert (content["driver"], content["cards"][0]["name"]) == (13010, "Fake 0")

@@ -38,12 +38,12 @@ def card_of(devices: Iterable[Device], what: str) -> int:
     ValueError
         None of the devices is a CUDA GPU: only a copy would do.
     """
-    cards = [int(one.info.details["index"]) for one in devices if one.info.details.get("api") == "cuda"]  # type: ignore[call-overload]
+    cards: list[int] = [int(one.info.details["index"]) for one in devices if one.info.details.get("api") == "cuda"]  # type: ignore[call-overload]
     if not cards:
         raise ValueError(f"{what} lies in memory that no CUDA device shares: attach one, or copy it by cupy.asarray")
     if len(cards) > 1:
         current = int(cupy_module().cuda.device.get_device_id())
-        cards.sort(key=lambda card: card != current)
+        cards.sort(key=lambda card: bool(card != current))
     return cards[0]
 
 

@@ -11,7 +11,7 @@ from uvas.devices.cuda.undo import Undo
 from uvas.errors import DeviceError, DeviceLostError, UvasError
 from uvas.ranges import Range
 
-__all__ = ["Card", "can"]
+__all__ = ["Card", "can", "name_of"]
 
 _ATTRIBUTES = {  # CUdevice_attribute of cuda.h, by what uvas calls it
     "unified addressing": "CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING",
@@ -40,6 +40,12 @@ def can(ordinal: int) -> dict[str, int]:
     return answers
 
 
+def name_of(ordinal: int) -> str:
+    """Return a card's model."""
+    raw = driver.call("cuDeviceGetName", 256, driver.call("cuDeviceGet", ordinal))
+    return bytes(raw).split(b"\0")[0].decode(errors="replace")
+
+
 class Card:
     """One GPU. Its primary context is held, which CuPy, PyTorch and the CUDA runtime use too.
 
@@ -61,10 +67,8 @@ class Card:
         self._loss: tuple[int, str] | None = None
         self.located: set[Range] = set()
         """Where memory of its own is mapped; lost with it."""
-        handle = self._ask("cuDeviceGet", ordinal)
-        raw = self._ask("cuDeviceGetName", 256, handle)
-        self.model = bytes(raw).split(b"\0")[0].decode(errors="replace")
-        self._handle = handle
+        self.model = name_of(ordinal)
+        handle = self._handle = self._ask("cuDeviceGet", ordinal)
         self._open = False
         with Undo() as undo:
             self._context = self._ask("cuDevicePrimaryCtxRetain", handle)
