@@ -826,3 +826,24 @@ def test_evidence_is_written_as_tests_end(plug, tmp_path):
     content = json.loads(evidence.path.read_text())
     assert content["tests"] == {"one": "skipped", "two": "passed"}
     assert (content["driver"], content["cards"][0]["name"]) == (13010, "Fake 0")
+
+
+def test_the_benchmarks_table_and_its_evidence(plug, tmp_path, monkeypatch, capsys):
+    """As far as there is something to measure without a card: the claims of the driver's, against the bare calls."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    gpu, harness = (__import__(name) for name in ("gpu", "harness"))
+    fake = plug(FakeCard(VMM_CARD))
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "TARGETS", {"G3": (gpu.reserving, 1), "G9": (gpu.reserving, 1e9)})
+    assert gpu.main() == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Fake 0, driver 13010: {")
+    assert len([line for line in out.splitlines() if line.startswith("G3") and "uvas vmm" in line]) == 3
+    assert "left out: G9: no time" in out
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert (content["card"], content["driver"]) == ("Fake 0", 13010)
+    bare = [row for row in content["rows"] if row["what"] == "the bare calls"]
+    assert [row["parameter"] >> 20 for row in bare] == [2, 64, 512]
+    assert all(row["low"] <= row["ns"] <= row["high"] for row in content["rows"])
+    assert any("cuda.core" in one for one in content["left_out"])
+    assert fake.mapped == {}
