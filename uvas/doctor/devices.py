@@ -23,7 +23,8 @@ _SIZE = 1 << 20
 _PATIENCE_S = 20.0  # with a driver
 _COMPLAINT = 200  # characters
 _SENTINEL = b"not uvas"
-_GPUS = {"CUDA": "CudaDevice", "HIP": "HipDevice", "OpenCL": "OpenCLDevice"}
+_CUDA_FILES = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/proc/driver/nvidia/version")
+_GPUS = {"HIP": "HipDevice", "OpenCL": "OpenCLDevice"}
 """What is not built yet, by kind."""
 
 
@@ -60,7 +61,7 @@ def check_devices() -> list[DeviceCheck]:
     """Look at each kind of device that uvas knows or is asked about, and try it."""
     return [
         check_process(),
-        _check_gpu("CUDA", "cuda", ("/dev/nvidiactl", "/dev/nvidia-uvm", "/proc/driver/nvidia/version")),
+        check_cuda(),
         _check_gpu("HIP", "hip", ("/dev/kfd",)),
         _check_gpu("OpenCL", "opencl", module="pyopencl"),
     ]
@@ -95,6 +96,39 @@ def check_process() -> DeviceCheck:
     if not right:
         return DeviceCheck("ProcessDevice", advertised, "it did not see the host's memory", "missing", "report it")
     return DeviceCheck("ProcessDevice", advertised, f"{probed}, in {time.monotonic() - began:.2f} s", "good", "")
+
+
+def check_cuda() -> DeviceCheck:
+    """Look for NVIDIA's driver and the packages, ask the driver, and tell by which strategies its cards see memory."""
+    answer = _ask("cuda")
+    advertised = [path for path in _CUDA_FILES if Path(path).exists()]
+    advertised += [answer.library] if answer.library else []
+    packages = [name for name in ("cuda.bindings", "cupy") if _importable(name)]
+    told = ", ".join([*advertised, *packages]) or "nothing"
+    missing = [name for name in ("cuda.bindings", "cupy") if name not in packages]
+    if not answer.library or not answer.text.startswith("CUDA ") or answer.text.endswith("no device"):
+        remedy = "install NVIDIA's driver, and in a container start it with the GPU (--gpus all)"
+        return DeviceCheck("CUDA", told, answer.text, "missing", remedy)
+    if missing:
+        return DeviceCheck(
+            "CUDA", told, answer.text, "poor", f"pip install 'uvas[cuda]': {', '.join(missing)} is missing"
+        )
+    return DeviceCheck("CUDA", told, f"{answer.text}; {_strategies(answer.text)}", "good", "")
+
+
+def _strategies(text: str) -> str:
+    """Return which strategies of CudaDevice what a driver said of its cards allows."""
+    can = ["hmm"] if "pageable memory access" in text else []
+    can += ["register"] if "registered memory at host addresses" in text and "host registration" in text else []
+    can += ["vmm"] if "host-located mappings" in text or "node-located mappings" in text else []
+    return f"CudaDevice can use {', '.join(can)}" if can else "CudaDevice can use none of it"
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _check_gpu(name: str, driver: str, paths: tuple[str, ...] = (), module: str = "") -> DeviceCheck:
