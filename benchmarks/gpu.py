@@ -2,8 +2,8 @@
 
 Needs a CUDA GPU and ``pip install 'uvas[cuda]'``; peers that are not installed (torch, rmm, cuda-core) are left out,
 and it is said. Lines appear as they are measured, so that a crash of a driver loses nothing that was seen; the evidence
-is ``results/gpu.json``. Ends in under five minutes: what does not fit is left out, and it is said. Without a GPU it says
-what is missing and ends well.
+is ``results/gpu.json``. Ends in under five minutes: what does not fit is left out, and it is said. Without a GPU it
+says what is missing and ends well.
 
   G1  bandwidth of a kernel that copies     G4  moving pages by prefetch, each way
   G2  CuPy's allocations                    G5  a list followed by pointer; first touch

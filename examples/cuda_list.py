@@ -5,6 +5,8 @@ Needs a CUDA GPU and ``pip install 'uvas[cuda]'``; without them it says so. Not 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 import uvas
@@ -31,7 +33,7 @@ def main(device: uvas.CudaDevice) -> None:
     with uvas.AddressSpace([device]) as space, uvas.Arena(space, name="nodes") as arena:
         blocks = arena.alloc_many([16] * (NODES + 1))
         nodes = {block.base: block.numpy("i8", 2) for block in blocks}
-        for block, following in zip(blocks[:-2], blocks[1:-1], strict=True):
+        for block, following in pairwise(blocks[:-1]):
             nodes[block.base][:] = following.base, block.base % 1000
         nodes[blocks[-2].base][:] = 0, 7
         nodes[blocks[-1].base][:] = 0, 0

@@ -23,6 +23,15 @@ _SIZE = 1 << 20
 _PATIENCE_S = 20.0  # with a driver
 _COMPLAINT = 200  # characters
 _SENTINEL = b"not uvas"
+_TRY_CUDA = """
+import uvas
+with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(1 << 21) as held:
+    held.commit()
+    array = held.numpy("u1")
+    array[:] = 1
+    print(f"saw {held.range} by {device.strategy}")
+    del array
+"""
 _CUDA_FILES = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/proc/driver/nvidia/version")
 _GPUS = {"HIP": "HipDevice", "OpenCL": "OpenCLDevice"}
 """What is not built yet, by kind."""
@@ -110,18 +119,24 @@ def check_cuda() -> DeviceCheck:
         remedy = "install NVIDIA's driver, and in a container start it with the GPU (--gpus all)"
         return DeviceCheck("CUDA", told, answer.text, "missing", remedy)
     if missing:
-        return DeviceCheck(
-            "CUDA", told, answer.text, "poor", f"pip install 'uvas[cuda]': {', '.join(missing)} is missing"
+        return DeviceCheck("CUDA", told, answer.text, "limited", f"{', '.join(missing)}: pip install 'uvas[cuda]'")
+    tried, good = _try_cuda()
+    remedy = "" if good else "see what the driver says; the other strategies may do (CudaDevice(strategy=...))"
+    return DeviceCheck("CUDA", told, f"{answer.text}; {tried}", "good" if good else "limited", remedy)
+
+
+def _try_cuda() -> tuple[str, bool]:
+    """Let a CudaDevice see memory of a space, in a process of its own; return what became of it."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _TRY_CUDA], capture_output=True, text=True, check=False, timeout=_PATIENCE_S
         )
-    return DeviceCheck("CUDA", told, f"{answer.text}; {_strategies(answer.text)}", "good", "")
-
-
-def _strategies(text: str) -> str:
-    """Return which strategies of CudaDevice what a driver said of its cards allows."""
-    can = ["hmm"] if "pageable memory access" in text else []
-    can += ["register"] if "registered memory at host addresses" in text and "host registration" in text else []
-    can += ["vmm"] if "host-located mappings" in text or "node-located mappings" in text else []
-    return f"CudaDevice can use {', '.join(can)}" if can else "CudaDevice can use none of it"
+    except (OSError, subprocess.TimeoutExpired) as refusal:
+        return f"not tried: {refusal}", False
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [how_it_ended(done.returncode)])[-1]
+        return f"CudaDevice: {last[-_COMPLAINT:]}", False
+    return f"CudaDevice {done.stdout.strip()}", True
 
 
 def _importable(name: str) -> bool:
