@@ -847,3 +847,22 @@ def test_the_benchmarks_table_and_its_evidence(plug, tmp_path, monkeypatch, caps
     assert all(row["low"] <= row["ns"] <= row["high"] for row in content["rows"])
     assert any("cuda.core" in one for one in content["left_out"])
     assert fake.mapped == {}
+
+
+@pytest.mark.parametrize("attributes", [HMM_CARD, REGISTER_CARD, VMM_CARD], ids=["hmm", "register", "vmm"])
+def test_every_card_has_stopped_before_memory_goes(plug, attributes):
+    fake = plug(*cards(attributes, 2))
+    with uvas.CudaDevice(0) as device, uvas.CudaDevice(1) as other, uvas.AddressSpace([device, other]) as space:
+        for verb in ("decommit", "release"):
+            held = space.reserve(UNIT)
+            held.commit()
+            fake.calls.clear()
+            fake.synchronized.clear()
+            getattr(held, verb)()
+            assert {0, 1} <= set(fake.synchronized)
+            taken = [at for at, name in enumerate(fake.calls) if name in ("cuMemUnmap", "cuMemHostUnregister")]
+            if device.strategy == "vmm":
+                assert max(at for at, name in enumerate(fake.calls) if name == "cuCtxSynchronize") < min(taken)
+            assert device.strategy == "hmm" or taken
+            if verb == "decommit":
+                held.release()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -653,3 +655,10 @@ def test_many_threads_allocate_and_free_in_order(allocator, arena):
     assert allocator.stats().live_blocks == 0
     allocator.trim()
     assert live(arena) == 0
+
+
+def test_what_the_readme_shows_runs(fake, current, now):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (piece,) = re.findall(r"^```py\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    exec(compile(piece, "README.md", "exec"), {})
+    assert current.waited == 1
