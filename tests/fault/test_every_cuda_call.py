@@ -116,8 +116,8 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
-@pytest.mark.parametrize(("strategy", "name"), ALL, ids=[" ".join(one) for one in ALL])
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
+@pytest.mark.parametrize(("strategy", "name"), ALL, ids=["-".join(one).replace(" ", "-") for one in ALL])
 def test_every_driver_call_of_every_verb(monkeypatch, strategy: str, name: str, lasting: bool) -> None:
     verb = (VERBS | OF_HMM | OF_VMM)[name]
     poisonings = told_by_device = 0
