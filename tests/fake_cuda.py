@@ -211,13 +211,13 @@ class FakeDriver:
         return _OK, len(self.cards)
 
     def cuDeviceGet(self, ordinal: int) -> Any:
-        return (_OK, ordinal) if 0 <= ordinal < len(self.cards) else _ANSWERS.CUDA_ERROR_INVALID_DEVICE
+        return (_OK, cu.CUdevice(ordinal)) if 0 <= ordinal < len(self.cards) else _ANSWERS.CUDA_ERROR_INVALID_DEVICE
 
     def cuDeviceGetName(self, size: int, device: int) -> Any:
-        return _OK, f"Fake {device}".encode().ljust(size, b"\0")
+        return _OK, f"Fake {int(device)}".encode().ljust(size, b"\0")
 
     def cuDeviceGetAttribute(self, attribute: Any, device: int) -> Any:
-        known = self.cards[device].attributes
+        known = self.cards[int(device)].attributes
         return (_OK, known[int(attribute)]) if int(attribute) in known else _ANSWERS.CUDA_ERROR_INVALID_VALUE
 
     def cuDeviceCanAccessPeer(self, device: int, peer: int) -> Any:
@@ -225,12 +225,12 @@ class FakeDriver:
         return _OK, int(self.cards[device].peers and self.cards[peer].peers)
 
     def cuDevicePrimaryCtxRetain(self, device: int) -> Any:
-        self.cards[device].retained += 1
-        return _OK, 500 + device
+        self.cards[int(device)].retained += 1
+        return _OK, cu.CUcontext(500 + int(device))
 
     def cuDevicePrimaryCtxRelease(self, device: int) -> Any:
-        assert self.cards[device].retained > 0, "released more often than retained"
-        card = self.cards[device]
+        card = self.cards[int(device)]
+        assert card.retained > 0, "released more often than retained"
         card.retained -= 1
         if not card.retained and card.sticky:  # what was in a context that died goes with it
             card.sticky = None
@@ -239,9 +239,9 @@ class FakeDriver:
         return _OK
 
     def cuCtxPushCurrent(self, context: int) -> Any:
-        if not self.cards[context - 500].retained:
+        if not self.cards[int(context) - 500].retained:
             return _ANSWERS.CUDA_ERROR_INVALID_CONTEXT
-        self.contexts.setdefault(threading.get_ident(), []).append(context - 500)
+        self.contexts.setdefault(threading.get_ident(), []).append(int(context) - 500)
         return _OK
 
     def cuCtxPopCurrent(self) -> Any:
@@ -340,7 +340,7 @@ class FakeDriver:
         self._next += 1
         handle = Handle(self._next, fd, size, int(properties.location.type), -1 if place == "host" else place)
         self.handles[handle.number] = handle
-        return _OK, handle.number
+        return _OK, cu.CUmemGenericAllocationHandle(handle.number)
 
     def _account(self, place: int | Literal["host"], size: int) -> None:
         if place == "host":
@@ -472,7 +472,7 @@ class FakeDriver:
     def _number(self, kind: set[int]) -> Any:
         self._next += 1
         kind.add(self._next)
-        return _OK, self._next
+        return _OK, (cu.CUstream if kind is self.streams else cu.CUevent)(self._next)
 
     def cuStreamCreate(self, flags: int) -> Any:
         return self._number(self.streams)

@@ -364,6 +364,11 @@ def test_registered_private_memory_is_not_inherited(plug):
 def test_arenas_give_registered_memory_back_in_their_spans(plug):
     fake = plug(*cards(REGISTER_CARD))
     with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, uvas.Arena(space) as arena:
+        arena.alloc(16 * MIB).free()  # one hole, whose memory was taken at once
+        kept = arena.alloc(4 * MIB)
+        arena.trim()
+        assert sum(size for size, _ in fake.registered.values()) <= 6 * MIB  # the rest went back beside it
+        kept.free()
         blocks = [arena.alloc(2 * MIB) for _ in range(8)]
         assert sum(size for size, _ in fake.registered.values()) >= 16 * MIB
         blocks[3].free()
@@ -797,7 +802,7 @@ def test_old_bytes_are_what_new_memory_holds(plug):
     properties = fake_properties()
     fake.calls.clear()
     _, number = fake.cuMemCreate(UNIT, properties, 0)
-    assert os.pread(fake.handles[number].fd, len(OLD_BYTES), 4096) == OLD_BYTES
+    assert os.pread(fake.handles[int(number)].fd, len(OLD_BYTES), 4096) == OLD_BYTES
     fake.cuMemRelease(number)
 
 

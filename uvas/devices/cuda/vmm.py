@@ -53,7 +53,7 @@ Place: TypeAlias = "Card | Literal['host']"
 class _Memory:
     """Physical memory: one handle of the driver's."""
 
-    handle: object
+    handle: int
     place: Place
     mappings: int = 0
 
@@ -87,7 +87,7 @@ class _Book:
         """Hold nothing: what a parent's driver holds is the parent's."""
         self.lock = threading.Lock()  # of the tables; never held over a call
         self.claims: Parts[_Claim] = Parts()
-        self.unreleased: list[object] = []
+        self.unreleased: list[int] = []
         """Handles that the driver did not take back."""
 
     def claim_of(self, range: Range) -> _Claim | None:
@@ -258,7 +258,7 @@ class Vmm(Strategy):
             return self._same_as(location, range), False
         place = self._place(location)
         try:
-            handle = self.card.call("cuMemCreate", range.size, self._properties(place), 0)
+            handle = int(self.card.call("cuMemCreate", range.size, self._properties(place), 0))
         except DeviceError as error:
             if error.name != "CUDA_ERROR_OUT_OF_MEMORY":
                 raise
