@@ -172,7 +172,16 @@ def _machine() -> dict[str, object]:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("uvas", "numpy", "cffi", "sortedcontainers", "intervaltree", "umf")
+    packages = (
+        "uvas",
+        "numpy",
+        "cffi",
+        "sortedcontainers",
+        "intervaltree",
+        "umf",
+        "pyopencl",
+        "pocl-binary-distribution",
+    )
     present = {one.metadata["Name"].lower(): one.version for one in importlib.metadata.distributions()}
     versions = {name: present[name] for name in packages if name in present}
     return {"python": platform.python_version(), "compiler": str(sysconfig.get_config_var("CC")), **versions}

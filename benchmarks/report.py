@@ -82,6 +82,14 @@ def lines() -> list[Line]:
         Line("reserve + release on four workers", devices("R8", "reserve + release, matched", 4),
              "two bare round trips with each", devices("R8", "two round trips by multiprocessing.Pipe", 4)),
     ]  # fmt: skip
+    opencl = rows("opencl")
+    for length, size in ((1_000, "4 KB"), (1 << 20, "4 MiB"), (1 << 24, "64 MiB")):
+        ours = opencl("OpenCL", "uvas, by address", length)
+        table += [
+            Line(f"OpenCL on a CPU: y += a x, {size} each", ours, peer, opencl("OpenCL", row, length))
+            for peer, row in (("copies through `cl.Buffer`", "cl.Buffer, copied in and out"),
+                              ("bare `cl.SVM`, unchecked", "cl.SVM, unchecked"))
+        ]  # fmt: skip
     threads = rows("threads")
     for count in (2, 8):
         table += [

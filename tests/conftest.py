@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
+import mirror
 import pytest
 from cuda_evidence import Evidence
 from machine import mappings
@@ -15,8 +18,16 @@ import uvas
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Take interrupts, whoever started the tests: a shell lets what it starts in the background ignore them."""
+    """Take interrupts, whoever started the tests: a shell lets what it starts in the background ignore them.
+
+    And keep stderr for watchdogs: later it is captured, and what a process says that ends at once is lost. And let what
+    OpenCL compiles go where it is thrown away: PoCL and pyopencl keep it at home otherwise.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    mirror.stderr = os.dup(2)
+    cache = tempfile.mkdtemp(prefix="uvas-opencl-")
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+    os.environ.update(POCL_CACHE_DIR=cache, PYOPENCL_NO_CACHE="1")
     if config.option.markexpr == "cuda":
         config.pluginmanager.register(Evidence())
 

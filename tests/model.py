@@ -153,3 +153,103 @@ class ArenaModel:
         """Whether some hole has room, if only large blocks live."""
         step = max(align, self.page)
         return any(end - -(-base // step) * step >= self.pages_of(size) for base, end in self.holes())
+
+
+@dataclass
+class ModelGranule:
+    """What moves as a whole: one value fills it."""
+
+    value: int = 0
+    protection: str = "rw"
+    holders: frozenset[int] | None = None  # exactly these; None: not known to the model
+    among: frozenset[int] = frozenset()  # at least these
+
+
+HOST = -1
+"""Among parties of a `MirrorModel`; devices are 0, 1, ..."""
+
+
+@dataclass
+class MirrorModel:
+    """Granules that a host and some devices read and write, each having memory of its own.
+
+    Values are certain. Where a granule is, is certain only right after somebody touched or moved it: what lies beside
+    it may have been fetched ahead, or have had to leave.
+    """
+
+    granules: list[ModelGranule | None]  # None: no memory
+    capacities: dict[int, int]  # device -> granules, of those that have a bound
+    homed: set[int] = field(default_factory=set)  # granules that were advised: a move to a device is a copy
+
+    def _touched(self, at: int, granule: ModelGranule, holders: set[int] | None, among: set[int]) -> None:
+        for one in self.granules:
+            if one is not None:
+                one.holders, one.among = None, frozenset()
+        granule.holders = frozenset(holders) if holders is not None else None
+        granule.among = frozenset(among)
+
+    def may(self, at: int, access: str) -> bool:
+        """Whether an access is allowed there."""
+        granule = self.granules[at]
+        return granule is not None and access in granule.protection and granule.protection != "none"
+
+    def read(self, at: int, party: int) -> int:
+        """Return the value; the reader has a copy afterwards."""
+        granule = self.granules[at]
+        assert granule is not None
+        self._touched(at, granule, None, {party})
+        return granule.value
+
+    def write(self, at: int, party: int, value: int) -> None:
+        """Set the value; the writer has it alone afterwards."""
+        granule = self.granules[at]
+        assert granule is not None
+        self._touched(at, granule, {party}, {party})
+        granule.value = value
+
+    def fits(self, count: int, party: int) -> bool:
+        """Whether a device can hold so many at once."""
+        return count <= self.capacities.get(party, count)
+
+    def movable(self, first: int, end: int) -> bool:
+        """Whether there is memory everywhere, for somebody to access."""
+        return all(one is not None and one.protection != "none" for one in self.granules[first:end])
+
+    def move(self, first: int, end: int, party: int) -> None:
+        """All of it goes there; advised granules are copied to devices."""
+        for one in self.granules:
+            if one is not None:
+                one.holders, one.among = None, frozenset()
+        for at in range(first, end):
+            granule = self.granules[at]
+            assert granule is not None
+            granule.among = frozenset({party})
+            if at not in self.homed:
+                granule.holders = frozenset({party})
+
+    def discard(self, first: int, end: int) -> None:
+        """Zeros."""
+        for at in range(first, end):
+            granule = self.granules[at]
+            if granule is not None:
+                granule.value, granule.holders, granule.among = 0, None, frozenset()
+
+    def commit(self, first: int, end: int, protection: str) -> None:
+        """Zeros where nothing was."""
+        for at in range(first, end):
+            old = self.granules[at]
+            self.granules[at] = ModelGranule(old.value if old else 0, protection)
+
+    def decommit(self, first: int, end: int) -> None:
+        """No memory any more."""
+        self.granules[first:end] = [None] * (end - first)
+
+    def check(self, at: int, holders: frozenset[int]) -> None:
+        """Whether a granule may be where it is said to be."""
+        granule = self.granules[at]
+        if granule is None:
+            assert holders == frozenset(), f"granule {at} is with {set(holders)} and has no memory"
+            return
+        assert granule.among <= holders, f"granule {at} is with {set(holders)}, not with {set(granule.among)}"
+        assert granule.holders in (None, holders), f"granule {at} is with {set(holders)}, not {granule.holders}"
+        assert holders or granule.value == 0, f"granule {at} is nowhere and has a value"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import machine
+import opencl_in_tests
 import pytest
 
 import uvas
@@ -116,11 +118,63 @@ def test_a_driver_s_buffers_at_addresses_of_an_arena() -> None:
     assert out.endswith("all is one hole again: True\nreleased\n")
 
 
+def test_an_index_that_two_devices_probe() -> None:
+    out = run(sys.executable, "-W", "error", str(EXAMPLES / "hash_index.py"), "20000")
+    assert "all of them right: True" in out
+    faults = re.findall(r"^   (host|left|right): (\d+) faults, (\d+) KiB came in", out, re.MULTILINE)
+    assert [name for name, _, _ in faults] == ["host", "left", "right"] * 2
+    assert all(int(count) > 0 for _, count, _ in faults)
+    table = int(re.search(r"the table of keys, (\d+) KiB, stayed", out)[1])  # type: ignore[index]
+    again = int(re.search(r"by the host (\d+) KiB came to left anew", out)[1])  # type: ignore[index]
+    assert table == 512
+    assert 0 < again < 2 * table + 1024
+
+
+def test_a_plate_in_two_halves() -> None:
+    out = run(sys.executable, "-W", "error", str(EXAMPLES / "stencil.py"), "10", "128").splitlines()
+    assert out[0].endswith("1 MiB: 11111111111111112222222222222222")
+    assert re.fullmatch(r"after 10 steps: +1{15}[1+][2+]2{15}", out[1])
+    rows = re.search(r": (\d+\.\d) rows a step, of 128", out[2])
+    assert rows, out
+    assert 1 <= float(rows[1]) <= 4  # one row each way, and what a write makes of a copy
+    assert out[3].startswith("the same, to the bit, as the host alone: True")
+
+
+def test_a_sort_of_more_than_the_device_holds() -> None:
+    out = run(sys.executable, "-W", "error", str(EXAMPLES / "out_of_core_sort.py"), "24", "8")
+    assert "24 MiB of data, 8 MiB of device memory" in out
+    assert "6 runs, 24 pieces, all in order" in out
+    moved = re.search(r"(\d+) MiB came to the device and (\d+) MiB went back, in (\d+) faults; (\d+) evictions", out)
+    assert moved, out
+    assert int(moved[1]) >= 3 * 24 - 8  # to be sorted, to be gathered, and what is written
+    assert int(moved[4]) > 0
+
+
 def test_many_libraries_over_one_memory() -> None:
     out = run(sys.executable, str(EXAMPLES / "exchange.py"))
     assert "NumPy" in out
     assert "both are unified: True" in out
     assert out.endswith("everybody let go of it, and the arena is closed\n")
+
+
+def test_a_kernel_walks_what_the_host_linked() -> None:
+    opencl_in_tests.device().close()
+    out = run(sys.executable, "-W", "error", str(EXAMPLES / "opencl_pointers.py"))
+    found = re.search(r"10000 look-ups, (\d+) found, all right: True", out)
+    assert found, out
+    assert 8900 < int(found[1]) < 9100
+    assert "the kernel finds 4711 there" in out
+    assert "nothing is copied unasked: keys of look_up: the array of shape (20000,) and dtype uint64" in out
+
+
+def test_a_kernel_without_opencl_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "pyopencl.py").write_text("raise ImportError('not here')")
+    command = [sys.executable, str(EXAMPLES / "opencl_pointers.py")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 2, done.stderr
+    assert "uvas[opencl]" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_segments_of_a_position_independent_file() -> None:
@@ -196,7 +250,36 @@ def test_the_demo_verifies_what_it_claims() -> None:
     assert outcome["squatter_blocks"] > 0
     assert outcome["squatter_bytes_lost"] == 0
     assert outcome["audit_findings"] == 0
+    assert outcome["moving_refused"] == ""
+    assert outcome["moving_faults"] > 0
+    assert outcome["moving_evictions"] > 0
+    pictures = dict(enumerate(outcome["moving_pictures"]))
+    assert pictures[1] == "H" * 64
+    assert pictures[2] == "+" * 8 + "H" * 56
+    assert pictures[3] == "L" * 8 + "H" * 56
+    assert pictures[4] == "L" * 8 + "H" * 24 + "R" * 32
+    assert pictures[5] == "+" * 8 + "H" * 24 + "R" * 32
+    assert pictures[7].count("+") >= 8
+    assert pictures[8] == "H" * 64
+    assert pictures[9] == "+" * 64
     assert outcome["clobber_lost"] > 0 or outcome["clobber_deaths"]
+
+
+def test_the_demo_in_kernels_too() -> None:
+    opencl_in_tests.device().close()
+    outcome = json.loads(run(sys.executable, "-W", "error", "-m", "uvas", "demo", "--json", "--opencl"))
+    assert outcome["failures"] == []
+    assert outcome["right_in_kernels"] == outcome["right_answers"] == 2000
+
+
+def test_the_demo_in_kernels_without_opencl_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "pyopencl.py").write_text("raise ImportError('not here')")
+    command = [sys.executable, "-m", "uvas", "demo", "--opencl"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "uvas[opencl]" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_demo_shows_the_harm_from_wherever_it_is_started(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import opencl_in_tests
 import pytest
 
 import uvas
@@ -17,6 +18,12 @@ PRINTED = (  # by each piece of Python in turn: one pattern a line
     (r"1040\.0 41\.0", r"<Reservation \[0x[0-9a-f]+, 0x[0-9a-f]+\) of '.*'>"),
     (r"1000\.0", "True False", r"True 9000\.0", r"5\.0 True"),
     ("True", ".* is not freed under 1 live array", "1000 64000", r"1048576 1048576 \d+ \d+", r"\d+"),
+    ("True", "True", r"262144\.0", "1 1"),
+    (
+        r"7\.0 7\.0",
+        r"\(.*\) \('fine_grain_system',\)",
+        "x of saxpy: the array .* does not lie in memory that .* shares.*",
+    ),
 )
 
 
@@ -47,6 +54,8 @@ def test_every_piece_of_python_is_expected() -> None:
 @pytest.mark.parametrize("number", range(len(PRINTED)))
 def test_python(number: int, tmp_path: Path) -> None:
     program = pieces("python")[number]
+    if "OpenCL" in program:
+        opencl_in_tests.device().close()
     file = tmp_path / "piece.py"
     file.write_text(program)
     lines = run(sys.executable, "-W", "error", str(file)).splitlines()

@@ -52,6 +52,7 @@ from uvas.space import AddressSpace, find
 if TYPE_CHECKING:
     from uvas.devices.cfunction import CFunction
     from uvas.devices.cuda.device import CudaDevice
+    from uvas.devices.opencl.device import OpenCLDevice
     from uvas.devices.process import ProcessDevice
     from uvas.devices.transport import by_value
     from uvas.interop.cupy import ascupy, asnumpy, host_access
@@ -80,6 +81,7 @@ __all__ = [
     "MapRow",
     "MovementStats",
     "NotSupportedError",
+    "OpenCLDevice",
     "OutOfMemoryError",
     "PageFlag",
     "PartyMovement",
@@ -120,6 +122,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "CFunction": "uvas.devices.cfunction",
     "CudaDevice": "uvas.devices.cuda.device",
+    "OpenCLDevice": "uvas.devices.opencl.device",
     "ProcessDevice": "uvas.devices.process",
     "ascupy": "uvas.interop.cupy",
     "asnumpy": "uvas.interop.cupy",

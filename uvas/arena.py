@@ -133,6 +133,7 @@ class Arena(core.Allocator):
         "_generation",
         "_home",
         "_key",
+        "_limit",
         "_name",
         "_regions",
     )
@@ -157,6 +158,7 @@ class Arena(core.Allocator):
         self._name = name if name is not None else "arena"
         self._backing = backing
         self._exhausted = exhausted
+        self._limit = limit if limit is not None else 0
         self._errors: dict[int, BaseException] = {}
         self._regions: dict[int, Region] = {}
         self._key = next(_keys)
@@ -475,11 +477,13 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def _represent(address: int) -> Reservation | None:
-    """Return the reservation of an arena that holds a live block's address, as an object."""
-    block = fast.find_allocation(address)
-    arena = arenas.get(block[2]) if block is not None else None
-    found = ffi.new("struct uvas_found *")
-    if arena is None or lib.uvas_find(address, found) < 0:
+    """Return the reservation that an arena has made for itself there, as an object."""
+    held = fast.held(address)
+    if held is None:
+        return None
+    found, cell = ffi.new("struct uvas_found *"), ffi.new("uvas_id *")
+    arena = arenas.get(cell[0]) if lib.uvas_find_arena(held[0], cell) == 0 else None
+    if arena is None or lib.uvas_find(held[0], found) < 0:
         return None
     region = arena._regions.get(found.id)
     if region is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -47,6 +47,7 @@ class _Default:
         self.configuration = _Configuration()
         self.arena: Arena | None = None
         self.capsule: object = None
+        self.inherited: list[Arena] = []
 
     def get(self) -> Arena:
         with self.lock:
@@ -66,7 +67,7 @@ class _Default:
                 except BaseException:
                     space.close()
                     raise
-                self.capsule = handler.make(self.arena._core, self.arena._core.id)
+                self.capsule = handler.make(self.arena._core, self.arena._core.id, chosen.limit or 0)
             return self.arena
 
     def memory(self) -> object:
@@ -74,13 +75,17 @@ class _Default:
         self.get()
         return self.capsule
 
-    def unlock(self) -> None:
-        """Begin with a lock that nobody holds: a forked child has none of the threads that might."""
+    def begin_anew(self) -> None:
+        """Begin as a forked child: with a lock that nobody holds, without the parent's arena and devices."""
         self.lock = threading.Lock()
+        if self.arena is not None:
+            self.inherited.append(self.arena)  # arrays of the parent's may ask for it
+        self.arena = self.capsule = None
+        self.configuration = replace(self.configuration, devices=())
 
 
 _default = _Default()
-os.register_at_fork(after_in_child=_default.unlock)
+os.register_at_fork(after_in_child=_default.begin_anew)
 
 
 def configure(
@@ -139,7 +144,7 @@ def numpy_allocator(arena: Arena | None = None) -> NumpyAllocator:
     `NumpyAllocator.bind` and ``initializer=`` of an executor carry it there.
 
     In a forked child arrays of the parent stay usable, freeing them does nothing, and new arrays lie in an arena of the
-    child's own.
+    child's own, with the same limit; the default arena there is a new one, without the parent's devices.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "demo":
         from uvas.demo.run import main as run_demo
 
-        return run_demo(as_json=options.json, picture=options.picture)
+        return run_demo(as_json=options.json, picture=options.picture, opencl=options.opencl)
     if options.command == "doctor":
         from uvas.doctor.run import main as run_doctor
 
@@ -34,10 +34,11 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="the main job on real input, in under 20 seconds",
         description="Reserve matching ranges on the host and on two devices while others map there too, let the "
-        "devices follow the host's pointers, then show what MAP_FIXED does in the same race. The exit code is 0 only "
-        "if everything that is claimed was verified.",
+        "devices follow the host's pointers, show memory that moves to whoever touches it, then what MAP_FIXED does in "
+        "the same race. The exit code is 0 only if everything that is claimed was verified.",
     )
     demo.add_argument("--json", action="store_true", help=_JSON)
+    demo.add_argument("--opencl", action="store_true", help="let an OpenCL kernel follow the pointers too")
     demo.add_argument("--picture", metavar="FILE", help="also write what is shown as an SVG picture")
     doctor = commands.add_parser(
         "doctor",

@@ -123,6 +123,8 @@ def place(space: AddressSpace, what: Placeable) -> Place:
     ------
     ValueError
         It is empty, or not inside one reservation of this space.
+    ReleasedError
+        The space has been closed.
     """
     if isinstance(what, np.ndarray):
         low, high = np.lib.array_utils.byte_bounds(what)
@@ -139,6 +141,7 @@ def place(space: AddressSpace, what: Placeable) -> Place:
         and owner[0] == space.handle
     )
     if not inside:
+        space.stats()  # raises where the space is no more, or the parent process's
         raise ValueError(f"[{base:#x}, {base + size:#x}) is not inside one reservation of {space!r}, or is empty")
     return Place(found.id, base - found.base, Range(base, size))
 

@@ -64,7 +64,7 @@ class NumpyAllocator:
             raise ReleasedError(f"{arena!r} hands out nothing more")
         if arena.backing == "none":
             raise ValueError(f"{arena!r} hands out bare addresses: NumPy wants memory behind them")
-        capsule = handler.make(arena._core, arena._core.id)
+        capsule = handler.make(arena._core, arena._core.id, arena._limit)
         with held_back():  # both or neither
             _before.set((*_before.get(), handler.set(capsule)))
         return self

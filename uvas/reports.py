@@ -130,8 +130,6 @@ class ArenaStats:
     """That keep something."""
     regions: int
     """Reservations that it lives in."""
-    late_frees: int
-    """Double frees that raced with the first one and were found afterwards; nothing was done."""
 
     @property
     def fragmentation(self) -> float:

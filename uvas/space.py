@@ -216,7 +216,7 @@ class AddressSpace:
         return held if held is not None and held._space is self else None
 
     def ranges(self) -> list[Reservation | Adoption]:
-        """Return what the space holds, by address. O(n) in what all spaces of the process hold."""
+        """Return what the space and its arenas hold, by address. O(n) in what all spaces of the process hold."""
         work_off()
         found = ffi.new("struct uvas_found *")
         space = ffi.new("uvas_id *")
@@ -225,7 +225,7 @@ class AddressSpace:
         while lib.uvas_next(address, found) == 0:
             address = found.base + found.size
             if lib.uvas_space_of(found.id, space) == 0 and space[0] == self._cell[0]:
-                one = live.get(found.id, lambda: None)()
+                one = find_held(found.base)
                 if one is not None:
                     held.append(one)
         return held

@@ -358,7 +358,6 @@ static void not_a_block(uvas_id arena, uintptr_t address) {
     refused(uvas_allocation_size(arena, address, &size), -EINVAL, size);
     after = stats_of(arena);
     CHECK(after.live_blocks == before.live_blocks && after.live_bytes == before.live_bytes && after.total_blocks == before.total_blocks);
-    CHECK(after.late_frees == before.late_frees);
 }
 
 static void free_of_what_is_no_block(void) {
@@ -404,6 +403,25 @@ static void finds(uvas_id arena, uintptr_t base, size_t size) {
         CHECK_OK(uvas_find_allocation(base + places[i], &found));
         CHECK(found.base == base && found.size == size && found.arena == arena);
     }
+}
+
+/* Of an arena's addresses, with a block there or not, and of no others. */
+static void find_of_the_arena(void) {
+    struct scene scene = growing_scene(NULL), other = fixed_scene(MIB, NULL);
+    uvas_id found = 0;
+    uintptr_t block = must_alloc(scene.arena, 100, 0);
+    struct uvas_found reservation;
+    CHECK_OK(uvas_find(block, &reservation));
+    for (size_t i = 0; i < 2; i++) {
+        CHECK_OK(uvas_find_arena(i ? reservation.base + reservation.size - 1 : block, &found));
+        CHECK(found == scene.arena);
+    }
+    CHECK_OK(uvas_free(scene.arena, block));
+    CHECK_OK(uvas_find_arena(block, &found));
+    CHECK(uvas_find_arena((uintptr_t)&found, &found) == -ENOENT);
+    end_scene(&other);
+    end_scene(&scene);
+    CHECK(uvas_find_arena(block, &found) == -ENOENT);
 }
 
 static void finds_nothing(uintptr_t address) {
@@ -714,6 +732,11 @@ static void only_if_it_takes_no_system_call(void) {
         CHECK_OK(uvas_alloc_try(scene.arena, sizes[i], 0, &got));
         CHECK(usable(scene.arena, got) >= sizes[i]);
         CHECK_OK(uvas_free_try(scene.arena, got));
+        memset((void *)blocks[6], 1, sizes[i]); /* free: what is handed out next may have held anything */
+        uintptr_t zeros;
+        CHECK_OK(uvas_alloc_zeroed_try(scene.arena, sizes[i], 0, &zeros));
+        CHECK(((unsigned char *)zeros)[0] == 0 && memcmp((void *)zeros, (char *)zeros + 1, sizes[i] - 1) == 0);
+        CHECK_OK(uvas_free_try(scene.arena, zeros));
         CHECK(uvas_test_calls() == 0);
         CHECK(uvas_free_try(scene.arena, got) == -EINVAL);
         CHECK_OK(uvas_free(scene.arena, blocks[7]));
@@ -823,6 +846,7 @@ int main(int argc, char **argv) {
                  {"realloc_that_fails", realloc_that_fails},
                  {"free_of_what_is_no_block", free_of_what_is_no_block},
                  {"find_of_every_byte", find_of_every_byte},
+                 {"find_of_the_arena", find_of_the_arena},
                  {"many_at_once", many_at_once},
                  {"at_the_limit", at_the_limit},
                  {"asked_before_it_fails", asked_before_it_fails},

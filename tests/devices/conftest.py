@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import machine
 import pytest
@@ -37,10 +38,22 @@ def nothing_left() -> Iterator[None]:
     assert (machine.descriptors(), children()) == before
 
 
+MEMORIES: dict[str, dict[str, Any]] = {
+    "shared": {"memory": "shared"},
+    "private": {"memory": "private", "granule": machine.PAGE},  # the tests count in pages
+}
+
+
+@pytest.fixture(params=list(MEMORIES))
+def memory(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """How to make workers: with memory that is shared, and with memory of their own."""
+    return MEMORIES[request.param]
+
+
 @pytest.fixture
-def device() -> Iterator[uvas.ProcessDevice]:
+def device(memory: dict[str, Any]) -> Iterator[uvas.ProcessDevice]:
     """A worker."""
-    with uvas.ProcessDevice(name="gpu0") as one:
+    with uvas.ProcessDevice(name="gpu0", **memory) as one:
         yield one
 
 

@@ -119,8 +119,8 @@ def test_arrays_inside_other_things(device, held):
     assert [one.ctypes.data for one in back] == [held.base, held.base + 1]
 
 
-def test_from_one_device_to_another(space, device, held):
-    with uvas.ProcessDevice(name="gpu1") as other:
+def test_from_one_device_to_another(space, device, held, memory):
+    with uvas.ProcessDevice(name="gpu1", **memory) as other:
         space.attach(other)
         array = held.numpy("i8", 10)
         device.run(on_device.fill, array, 5)

@@ -20,10 +20,10 @@ PAGE = machine.PAGE
 
 
 @pytest.fixture
-def doomed():
+def doomed(memory):
     """A worker to be killed, in a space with a reservation that is in use."""
     with (
-        uvas.ProcessDevice(name="doomed") as device,
+        uvas.ProcessDevice(name="doomed", **memory) as device,
         uvas.AddressSpace([device]) as space,
         space.reserve(1 << 20) as held,
     ):

@@ -85,7 +85,7 @@ def numbers(scene: Scene) -> tuple[int, ...]:
     stats = ffi.new("struct uvas_arena_stats *")
     assert lib.uvas_arena_stats(scene.arena, stats) == 0
     assert stats.live_bytes + stats.cached_bytes <= stats.used_bytes
-    return stats.live_blocks, stats.live_bytes, stats.late_frees
+    return stats.live_blocks, stats.live_bytes
 
 
 def open_arena(space: int, held: int, flags: int) -> tuple[int, int]:

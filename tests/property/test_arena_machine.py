@@ -253,7 +253,6 @@ class ArenaMachine(RuleBasedStateMachine):
         assert stats.used_bytes + stats.hole_bytes <= stats.reserved_bytes == self.model.size
         assert not self.limit or stats.peak_bytes <= self.limit
         assert stats.resident_bytes <= stats.committed_bytes <= (0 if self.bare else self.model.size)
-        assert stats.late_frees == 0
         assert stats.threads <= 3
 
     @invariant()

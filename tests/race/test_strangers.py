@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from crowd import Crowd
 from machine import (
     ARENA,
     KERNELS,
@@ -53,43 +54,6 @@ def clean() -> Iterator[None]:
     gc.collect()
     assert mappings(WINDOW.base, WINDOW.end) == []
     assert descriptors() <= open_before
-
-
-class Crowd:
-    """Threads that run a body until told to stop; what any of them raises fails the test."""
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self._threads: list[threading.Thread] = []
-        self.errors: list[BaseException] = []
-
-    def add(self, count: int, body: Callable[[random.Random], None], seed: int) -> None:
-        """Start `count` threads, each with its own source of chance."""
-
-        def run(chance: random.Random) -> None:
-            try:
-                while not self.stop.is_set():
-                    body(chance)
-            except BaseException as error:
-                self.errors.append(error)
-                self.stop.set()
-
-        for i in range(count):
-            self._threads.append(threading.Thread(target=run, args=(random.Random(seed * 100 + i),), daemon=True))
-            self._threads[-1].start()
-
-    def finish(self, seconds: float, until: Callable[[], bool] = lambda: True) -> None:
-        """Let them run, on a busy machine for so long that something has happened, then collect them."""
-        patience = time.monotonic() + seconds + 60
-        self.stop.wait(seconds)
-        while not self.stop.wait(0.01) and not until() and time.monotonic() < patience:
-            pass
-        self.stop.set()
-        for thread in self._threads:
-            thread.join(60)
-            assert not thread.is_alive(), "a thread hangs"
-        if self.errors:
-            raise self.errors[0]
 
 
 def squat(chance: random.Random) -> None:

@@ -824,6 +824,21 @@ def test_a_thread_that_ends_leaves_its_blocks(arena: uvas.Arena) -> None:
     blocks.clear()
 
 
+def test_the_ranges_of_a_space_are_also_its_arenas(space: uvas.AddressSpace) -> None:
+    with space.reserve(1 << 20) as held, uvas.Arena(space, growth=4 << 20, name="grows") as arena:
+        assert space.ranges() == [held]
+        block = arena.alloc(100)
+        (grown,) = [one for one in space.ranges() if one is not held]
+        assert grown is uvas.find(block.base)
+        assert len(space.ranges()) == 2
+        assert "grows" in repr(grown)
+        far = grown.end - 1
+        assert uvas.allocation_of(far) is None
+        assert uvas.find(far) is grown
+        block.free()
+    assert space.ranges() == []
+
+
 # ---- fork ------------------------------------------------------------------------------------------------------------
 
 

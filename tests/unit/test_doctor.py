@@ -12,13 +12,14 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import opencl_in_tests
 import pytest
 from machine import KERNELS
 
 import uvas
 from uvas._core import ffi, lib
-from uvas.doctor import devices, limits
-from uvas.doctor.kernel import check_userfaultfd
+from uvas.doctor import devices, limits, userfaultfd
+from uvas.doctor.userfaultfd import check_userfaultfd
 
 NATIVE = lib.UVAS_KERNEL_NATIVE
 
@@ -88,10 +89,40 @@ def test_a_worker_really_agreed_to_a_range(here):
 
 def test_gpus_are_not_promised(here):
     _, kinds = here
-    for name, missing in (("HIP", "HipDevice"), ("OpenCL", "OpenCLDevice")):
+    for name, missing in (("HIP", "HipDevice"),):
         assert not hasattr(uvas, missing)  # the day there is one, doctor has to try it
         assert kinds[name]["state"] == "missing"
         assert kinds[name]["remedy"].startswith(f"uvas has no {missing} yet")
+
+
+def test_opencl_says_what_is_advertised_and_what_was_tried(here):
+    found = here[1]["OpenCL"]
+    with opencl_in_tests.device() as device:
+        known = device.info.details
+    assert f"{known['device']} ({known['platform']}, {known['driver']}): {', '.join(known['advertised'])}" in (
+        found["advertised"].split("; ")
+    )
+    assert f"{known['device']}: its kernels follow the pointers of the host" in found["probed"].split("; ")
+    assert found["state"] == "good"
+
+
+def test_opencl_that_cannot(monkeypatch):
+    survey = {"platform": "p", "device": "d", "driver": "1.0", "places": [0, 0], "advertised": []}
+    answers = {(): {"devices": [survey]}, (0, 0): {"why_not": "killed by SIGSEGV"}}
+    monkeypatch.setattr(devices.platforms, "ask", lambda *places: answers[places])
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: True)
+    found = devices.check_opencl()
+    assert (found.state, found.advertised) == ("missing", "d (p, 1.0): no shared virtual memory")
+    assert found.probed == "d: killed by SIGSEGV"
+    assert "pocl-binary-distribution" in found.remedy
+    answers[()] = {"why_not": "whoever asked it ended: exit code 1"}
+    assert devices.check_opencl().probed == "whoever asked it ended: exit code 1"
+    answers[()] = {"devices": []}
+    assert devices.check_opencl().probed == "no platform has a device"
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: None)
+    found = devices.check_opencl()
+    assert found.probed == "not tried: there is no pyopencl"
+    assert "uvas[opencl]" in found.remedy
 
 
 def test_people_read_a_table_and_the_verdict(here):
@@ -258,31 +289,80 @@ def imitate(kernel, lacks=0):
     return f"from uvas._core import lib; assert lib.uvas_test_kernel({kernel}, {lacks}) == 0"
 
 
+def refuse(*_):
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
 def test_userfaultfd_is_told_apart_by_the_way_it_was_opened(monkeypatch):
-    from uvas.doctor import kernel
-
-    def refuse(*_):
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    opened = kernel._open_by_call
-    monkeypatch.setattr(kernel, "_open_by_device", refuse)
-    monkeypatch.setattr(kernel, "_open_by_call", refuse)
+    opened = userfaultfd._open_by_call
+    monkeypatch.setattr(userfaultfd, "_open_by_device", refuse)
+    monkeypatch.setattr(userfaultfd, "_open_by_call", refuse)
     assert check_userfaultfd().state == "missing"
     assert "CONFIG_USERFAULTFD" in check_userfaultfd().remedy
     try:
-        os.close(opened(kernel._SYSCALLS[os.uname().machine], kernel._UFFD_USER_MODE_ONLY))
+        os.close(opened(userfaultfd._SYSCALLS[os.uname().machine], userfaultfd._USER_MODE_ONLY))
     except (OSError, KeyError) as refusal:
         pytest.skip(f"no userfaultfd here: {refusal}")
 
     def only_user_mode(number, flags):
         return opened(number, flags) if flags else refuse()
 
-    monkeypatch.setattr(kernel, "_open_by_call", only_user_mode)
+    monkeypatch.setattr(userfaultfd, "_open_by_call", only_user_mode)
     found = check_userfaultfd()
     assert found.state == "limited"
     assert "system call, /dev/userfaultfd: operation not permitted" in found.value
     assert "user mode: yes" in found.value
+    assert "pin_host" in found.means
     assert "vm.unprivileged_userfaultfd=1" in found.remedy
+    assert 'memory="shared"' in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("features", "state", "said"),
+    [
+        (0x1FFFF, "good", "with MOVE, with POISON"),
+        (0x0FFFF, "limited", "without MOVE, with POISON"),  # Linux 6.6
+        (0x13FFF, "good", "with MOVE, without POISON"),
+        (0x007FF, "missing", "without MOVE, without POISON"),  # Linux 5.14: no write protection of shared memory
+    ],
+)
+def test_features_that_the_pager_rests_on(monkeypatch, features, state, said):
+    monkeypatch.setattr(userfaultfd, "_features_of", lambda _: features)
+    monkeypatch.setitem(userfaultfd._SYSCALLS, os.uname().machine, 0)
+    found = check_userfaultfd()
+    assert found.state == state
+    assert said in found.value
+    assert bool(found.remedy) == (state != "good")
+    assert ("this kernel lacks write protection of shared memory" in found.means) == (state == "missing")
+
+
+def test_pages_really_moved(here):
+    _, kinds = here
+    if check_userfaultfd().state == "missing":
+        pytest.skip("no userfaultfd here")
+    assert kinds["private memory"]["state"] == "good"
+    assert kinds["private memory"]["probed"].startswith("1 MiB moved to process ")
+
+
+def without_userfaultfd(*, user_mode):
+    tests = str(Path(__file__).parents[1])
+    return f"import sys; sys.path.append({tests!r}); import privileges; privileges.deny_userfaultfd({user_mode=})"
+
+
+def test_without_the_privilege_private_memory_is_missing_and_shared_is_not():
+    checks, kinds = diagnosis(without_userfaultfd(user_mode=False))
+    assert checks["userfaultfd"]["state"] == "missing"
+    assert kinds["ProcessDevice"]["state"] == "good"
+    assert kinds["private memory"]["state"] == "missing"
+    assert "userfaultfd" in kinds["private memory"]["remedy"]
+
+
+def test_in_user_mode_pages_move_all_the_same():
+    checks, kinds = diagnosis(without_userfaultfd(user_mode=True))
+    if checks["userfaultfd"]["state"] == "missing":
+        pytest.skip("no userfaultfd here")
+    assert checks["userfaultfd"]["state"] == "limited"
+    assert kinds["private memory"]["state"] == "good"
 
 
 # ---- drivers

@@ -273,6 +273,17 @@ def test_a_forked_child_allocates_elsewhere(arena: uvas.Arena) -> None:
     arrays.clear()
 
 
+def test_a_childs_arena_has_the_limit_of_its_parents(space: uvas.AddressSpace) -> None:
+    with uvas.Arena(space, limit=8 << 20) as limited, uvas.numpy_allocator(limited):
+
+        def child() -> None:
+            assert np.ones(1000).sum() == 1000
+            with pytest.raises(MemoryError):
+                np.ones(16 << 20, "u1")
+
+        in_child(child)
+
+
 def test_two_threads_of_a_child_agree_on_its_arena(arena: uvas.Arena) -> None:
     with uvas.numpy_allocator(arena):
         allocator = uvas.numpy_allocator(arena)
@@ -490,6 +501,32 @@ if not pid:
     os._exit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 assert array.sum() == 10
+print("good")
+""")
+    assert out == "good\n"
+
+
+def test_a_child_makes_a_default_arena_of_its_own() -> None:
+    out = alone("""
+import os, numpy as np, uvas
+uvas.configure(limit=64 << 20)
+array = uvas.ones(10)
+parents = uvas.default_arena()
+pid = os.fork()
+if not pid:
+    with uvas.numpy_allocator():
+        new = np.arange(100_000)
+    own = uvas.default_arena()
+    assert own is not parents and not own.closed and parents.closed
+    assert uvas.allocation_of(new).arena is own and array.sum() == 10
+    try:
+        own.alloc(128 << 20)
+    except uvas.OutOfMemoryError as error:
+        assert error.limit == 64 << 20
+        os._exit(0)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+assert uvas.default_arena() is parents and array.sum() == 10
 print("good")
 """)
     assert out == "good\n"

@@ -6,7 +6,7 @@
  * without it.
  *
  * In a forked child the arena is the parent's: its blocks are left alone, and new ones come from an arena of the child's own, one a process, made by
- * whoever needs it first. Both arenas' blocks may be freed through the same table.
+ * whoever needs it first, with the limit of the arena for which it was needed. Both arenas' blocks may be freed through the same table.
  *
  * Limited API.
  */
@@ -49,10 +49,11 @@ struct handler {
     struct numpy_handler numpy;
     uvas_id arena;
     unsigned generation; /* of the process whose it is */
+    size_t limit; /* the arena's, for a forked child's; 0: none */
     PyObject *core;
 };
 
-#define ZEROED_HERE ((size_t)32 << 10) /* bytes that are quicker filled with zeros than asked for in a call that gives the GIL up */
+#define GIL_KEPT ((size_t)256 << 10) /* bytes that are filled with zeros or copied without giving up the GIL, which may cost more than they do */
 
 /* ---- the GIL ------------------------------------------------------------------------------------------------------------------------------ */
 
@@ -93,9 +94,9 @@ static struct own *existing_own(void) {
     return own && own->generation == atomic_load_explicit(&generation, memory_order_relaxed) ? own : NULL;
 }
 
-static int open_own(struct own *own) {
+static int open_own(struct own *own, size_t limit) {
     struct uvas_space_options space = {.name = "uvas: forked"};
-    struct uvas_arena_options arena = {.name = "forked"};
+    struct uvas_arena_options arena = {.name = "forked", .limit = limit};
     int rc = uvas_space_open(&space, &own->space);
     if (rc < 0) {
         return rc;
@@ -109,7 +110,7 @@ static int open_own(struct own *own) {
 }
 
 /* The child's own arena, or 0 where there is no memory for one. Two threads may make one each: then one of the two goes again. */
-static uvas_id own_arena(void) {
+static uvas_id own_arena(size_t limit) {
     struct own *own = existing_own();
     if (own) {
         return own->arena;
@@ -120,7 +121,7 @@ static uvas_id own_arena(void) {
     }
     int rc;
     PyThreadState *thread = give_up();
-    rc = open_own(own);
+    rc = open_own(own, limit);
     take_back(thread);
     if (rc < 0) {
         free(own);
@@ -148,7 +149,7 @@ static int is_forked(const struct handler *handler) {
 
 /* The arena to ask for new blocks; 0: there is none. */
 static uvas_id arena_of(const struct handler *handler) {
-    return is_forked(handler) ? own_arena() : handler->arena;
+    return is_forked(handler) ? own_arena(handler->limit) : handler->arena;
 }
 
 /* ---- the functions ------------------------------------------------------------------------------------------------------------------------ */
@@ -175,13 +176,9 @@ static void *handler_calloc(void *context, size_t count, size_t element) {
     }
     size = size ? size : 1;
     uvas_id arena = arena_of(context);
-    if (size <= ZEROED_HERE) {
-        void *block = take(arena, size);
-        return block ? memset(block, 0, size) : NULL;
-    }
     uintptr_t base = 0;
-    int rc = -ENOMEM;
-    if (arena) {
+    int rc = !arena ? -ENOMEM : size <= GIL_KEPT ? uvas_alloc_zeroed_try(arena, size, 0, &base) : -EAGAIN;
+    if (rc == -EAGAIN) {
         PyThreadState *thread = give_up();
         rc = uvas_alloc_zeroed(arena, size, 0, &base);
         take_back(thread);
@@ -237,11 +234,21 @@ static void *handler_realloc(void *context, void *pointer, size_t size) {
     }
     size = size ? size : 1;
     if (inherited(handler, (uintptr_t)pointer, &old)) {
-        void *block = take(own_arena(), size);
+        void *block = take(own_arena(handler->limit), size);
         return block && old ? memcpy(block, pointer, old < size ? old : size) : block;
     }
     uvas_id arena = arena_of(handler);
-    uintptr_t base = 0;
+    uintptr_t base = (uintptr_t)pointer;
+    if (uvas_allocation_size(arena, base, &old) == 0 && old <= GIL_KEPT && size <= GIL_KEPT) { /* here, if that takes no waiting */
+        if (size <= old && size > old / 2) {
+            return pointer;
+        }
+        if (uvas_alloc_try(arena, size, 0, &base) == 0) {
+            memcpy((void *)base, pointer, old < size ? old : size);
+            (void)give(arena, (uintptr_t)pointer);
+            return (void *)base;
+        }
+    }
     int rc;
     PyThreadState *thread = give_up();
     rc = uvas_realloc(arena, (uintptr_t)pointer, size, &base);
@@ -269,13 +276,14 @@ static void end_handler(PyObject *capsule) {
     }
 }
 
-PyDoc_STRVAR(make_doc, "make($module, core, id, /)\n--\n\nReturn a capsule that NumPy takes: its memory comes from the open arena `core` with this handle.");
+PyDoc_STRVAR(make_doc, "make($module, core, id, limit, /)\n--\n\nReturn a capsule that NumPy takes: its memory comes from the open arena `core` with this handle, "
+             "and in a forked child from one with this limit (0: none).");
 
 static PyObject *make(PyObject *module, PyObject *arguments) {
     (void)module;
     PyObject *core;
-    unsigned long long id;
-    if (!PyArg_ParseTuple(arguments, "OK", &core, &id)) {
+    unsigned long long id, limit;
+    if (!PyArg_ParseTuple(arguments, "OKK", &core, &id, &limit)) {
         return NULL;
     }
     struct handler *handler = PyMem_Calloc(1, sizeof *handler);
@@ -283,6 +291,7 @@ static PyObject *make(PyObject *module, PyObject *arguments) {
         return PyErr_NoMemory();
     }
     handler->arena = id;
+    handler->limit = limit;
     handler->generation = atomic_load(&generation);
     handler->core = Py_NewRef(core);
     memcpy(handler->numpy.name, "uvas", sizeof "uvas");

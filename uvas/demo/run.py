@@ -5,9 +5,10 @@
    own there; refusals by anybody send the search on.
 2. The host builds a pointer-linked index of the standard library's sources in one of the ranges. The devices walk the
    same pointers, answer queries,
-   and write the totals where the host reads them.
+   and write the totals where the host reads them. With ``--opencl`` so does a kernel.
 3. The audit, and the map of the window.
-4. The same race with the destructive MAP_FIXED, in a child process.
+4. Memory that moves to whoever touches it: where the pages of an array are, step by step.
+5. The race of the first act with the destructive MAP_FIXED, in a child process.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from rich.console import Console
 
-from uvas import AddressSpace, ProcessDevice, Range, Reservation
-from uvas.demo import index
+from uvas import AddressSpace, Device, NotSupportedError, OpenCLDevice, ProcessDevice, Range, Reservation
+from uvas.demo import index, kernel, moving
 from uvas.demo.squatters import Squatters, map_at
 from uvas.maps.kernel import read_mappings
 from uvas.report import Holding, draw_map, foreign_holdings, format_size
@@ -61,7 +62,13 @@ class Outcome:
     index_bytes: int = 0
     queries: int = 0
     right_answers: int = 0
+    right_in_kernels: int = 0
     audit_findings: int = 0
+    moved_bytes: int = 0
+    moving_faults: int = 0
+    moving_evictions: int = 0
+    moving_pictures: tuple[str, ...] = ()
+    moving_refused: str = ""
     clobber_maps: int = 0
     clobber_lost: int = 0
     clobber_deaths: list[str] = field(default_factory=list)
@@ -74,14 +81,25 @@ class Outcome:
             self.failures.append(otherwise)
 
 
-def main(*, as_json: bool, picture: str | None = None) -> int:
+def main(*, as_json: bool, picture: str | None = None, opencl: bool = False) -> int:
     """Run the demo; 0 only if every claim was verified."""
+    if opencl:
+        try:
+            with OpenCLDevice(name="kernels") as kernels:
+                return _main(as_json, picture, kernels)
+        except NotSupportedError as refusal:
+            print(refusal, file=sys.stderr)
+            return 1
+    return _main(as_json, picture, None)
+
+
+def _main(as_json: bool, picture: str | None, kernels: OpenCLDevice | None) -> int:
     console = Console(record=True, width=_PICTURE_WIDTH) if picture else Console(quiet=as_json)
     outcome = Outcome()
     started = time.monotonic()
     with ProcessDevice(name="left") as left, ProcessDevice(name="right") as right:
         with Squatters(_WINDOW, threads=4, blocks=16, block=_BLOCK, seed=_SEED) as squatters:
-            _share_addresses(console, outcome, left, right)
+            _share_addresses(console, outcome, left, right, kernels)
         outcome.squatter_blocks = squatters.taken
         outcome.squatter_bytes_lost = squatters.lost * 8
         console.print(
@@ -90,6 +108,7 @@ def main(*, as_json: bool, picture: str | None = None) -> int:
         )
         outcome.claim(squatters.taken > 0, "no squatter was in the way")
         outcome.claim(squatters.lost == 0, f"{squatters.lost} sentinels of squatters were lost")
+    _move(console, outcome)
     _show_harm(console, outcome)
     outcome.seconds = round(time.monotonic() - started, 2)
     if as_json:
@@ -103,10 +122,13 @@ def main(*, as_json: bool, picture: str | None = None) -> int:
     return 1 if outcome.failures else 0
 
 
-def _share_addresses(console: Console, outcome: Outcome, left: ProcessDevice, right: ProcessDevice) -> None:
+def _share_addresses(
+    console: Console, outcome: Outcome, left: ProcessDevice, right: ProcessDevice, kernels: OpenCLDevice | None
+) -> None:
     console.rule("1. One range of addresses, three processes, and strangers in the way")
     right.run(_plant, _WINDOW.base, _WINDOW.size // _BLOCK, _SEED)
-    with AddressSpace([left, right], window=_WINDOW, name="demo") as space:
+    devices: list[Device] = [left, right] if kernels is None else [left, right, kernels]
+    with AddressSpace(devices, window=_WINDOW, name="demo") as space:
         ranges = [space.reserve(_RANGE, name=f"range {i}") for i in range(_RANGES)]
         corpus = index.read_standard_library(_TEXT_LIMIT)
         buckets = index.buckets_for(len(corpus.counts))
@@ -124,7 +146,10 @@ def _share_addresses(console: Console, outcome: Outcome, left: ProcessDevice, ri
             f"{stats.conflicts} candidates were refused by somebody, {stats.attempts} tried in all"
         )
         outcome.claim(stats.conflicts > 0, "nobody was ever in the way: there was nothing to retry")
-        _walk_pointers(console, outcome, corpus, book, answers, (left, right))
+        words = _walk_pointers(console, outcome, corpus, book, answers, (left, right))
+        if kernels is not None:
+            with space.reserve(kernel.bytes_needed(words), name="queries") as queries:
+                _walk_in_kernels(console, outcome, kernels, (corpus, words), book.base, queries)
         _look(console, outcome, space, [*ranges, book, answers])
 
 
@@ -142,7 +167,8 @@ def _walk_pointers(
     book: Reservation,
     answers: Reservation,
     devices: tuple[ProcessDevice, ProcessDevice],
-) -> None:
+) -> list[bytes]:
+    """Return the words that were asked for."""
     console.rule("2. Pointers that mean the same everywhere")
     book.commit()
     answers.commit()
@@ -175,6 +201,26 @@ def _walk_pointers(
         "written where the host reads them"
     )
     outcome.claim(outcome.right_answers == _QUERIES, f"{_QUERIES - outcome.right_answers} answers were wrong")
+    return words
+
+
+def _walk_in_kernels(
+    console: Console,
+    outcome: Outcome,
+    device: OpenCLDevice,
+    asked: tuple[index.Corpus, list[bytes]],
+    header: int,
+    memory: Reservation,
+) -> None:
+    memory.commit()
+    right, _ = index.expected(*asked)
+    totals = kernel.answer(device, header, asked[1], memory)
+    outcome.right_in_kernels = int((totals == np.array(right, np.uint64)).sum())
+    console.print(
+        f"   {len(right)} work items on {device.info.details['device']} followed them too: "
+        f"{outcome.right_in_kernels} right"
+    )
+    outcome.claim(outcome.right_in_kernels == len(right), f"{len(right) - outcome.right_in_kernels} kernels were wrong")
 
 
 def _look(console: Console, outcome: Outcome, space: AddressSpace, ranges: list[Reservation]) -> None:
@@ -187,8 +233,26 @@ def _look(console: Console, outcome: Outcome, space: AddressSpace, ranges: list[
     console.print(f"   audit: {outcome.audit_findings} differences between the registry and the kernel")
 
 
+def _move(console: Console, outcome: Outcome) -> None:
+    console.rule("4. Memory that moves to whoever touches it")
+    try:
+        moved = moving.show(console)
+    except NotSupportedError as refusal:
+        outcome.moving_refused = str(refusal)
+        console.print(f"   not to be shown here: {refusal}")
+        return
+    outcome.moved_bytes, outcome.moving_faults = moved.bytes_in, moved.faults
+    outcome.moving_evictions, outcome.moving_pictures = moved.evictions, moved.pictures
+    console.print(
+        f"   {moved.faults} faults and one prefetch moved {format_size(moved.bytes_in)}; "
+        f"{moved.evictions} granules had to leave L for others"
+    )
+    outcome.claim(moved.right, "somebody saw other words than were written")
+    outcome.claim(moved.bytes_in > 0, "nothing moved")
+
+
 def _show_harm(console: Console, outcome: Outcome) -> None:
-    console.rule("4. The same race with MAP_FIXED")
+    console.rule("5. The race of the first act, with MAP_FIXED")
     began = time.monotonic()
     while (spent := time.monotonic() - began) < _CLOBBER_SECONDS_MOST:
         harmed = outcome.clobber_lost or outcome.clobber_deaths

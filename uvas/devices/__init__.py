@@ -1,7 +1,7 @@
 """Parties that must agree on what an address means. They know nothing of spaces.
 
-`base` says what a device is; `process` is the one that every machine has. Names are imported when they are first asked
-for: starting Python with uvas does not pay for multiprocessing.
+`base` says what a device is; `process` is the one that every machine has, `opencl` what follows the host's pointers.
+Names are imported when they are first asked for: starting Python with uvas does not pay for multiprocessing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uvas.devices.base import Backing, Device, DeviceInfo, LentMemory
     from uvas.devices.cfunction import CFunction
+    from uvas.devices.opencl.device import OpenCLDevice
     from uvas.devices.process import ProcessDevice
     from uvas.devices.transport import by_value
 
-__all__ = ["Backing", "CFunction", "Device", "DeviceInfo", "LentMemory", "ProcessDevice", "by_value"]
+__all__ = ["Backing", "CFunction", "Device", "DeviceInfo", "LentMemory", "OpenCLDevice", "ProcessDevice", "by_value"]
 
 _HOMES = {
     "Backing": "base",
@@ -23,6 +24,7 @@ _HOMES = {
     "Device": "base",
     "DeviceInfo": "base",
     "LentMemory": "base",
+    "OpenCLDevice": "opencl.device",
     "ProcessDevice": "process",
     "by_value": "transport",
 }

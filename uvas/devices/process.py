@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
+import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import cache
 from operator import index
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -14,7 +17,15 @@ from uvas.devices.base import Backing, DeviceInfo, LentMemory
 from uvas.devices.calls import Call
 from uvas.devices.link import Link
 from uvas.devices.transport import dumps
-from uvas.errors import AddressInUseError, DeviceLostError, NotSupportedError, ReleasedError, UvasError, failure
+from uvas.errors import (
+    AddressInUseError,
+    DeviceError,
+    DeviceLostError,
+    NotSupportedError,
+    ReleasedError,
+    UvasError,
+    failure,
+)
 from uvas.interrupts import held_back
 from uvas.ranges import Range
 
@@ -28,6 +39,8 @@ _CLOSE_S = 5.0
 
 _GRANULE, _GRANULE_LEAST, _GRANULE_MOST = 64 << 10, 4 << 10, 2 << 20
 """Bytes: what is taken where nothing is said, and what is possible."""
+
+_PAGE = mmap.PAGESIZE
 
 _COPY_BYTES = 1 << 20
 """What one request reads or writes at most: claims of other threads come in between."""
@@ -284,16 +297,52 @@ class ProcessDevice:
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Let the worker write at an address.
 
-        If part of the range is not accessible there, what precedes it may have been written.
+        If part of the range is not accessible there, what precedes it may have been written. Memory whose bytes were
+        lost is used again from here on: the rest of its granules reads as zeros.
 
         Raises
         ------
-        DeviceError, ValueError, DeviceLostError, ReleasedError
+        DeviceLostError
+            As of `claim`; `lost` is what may not have been written.
+        DeviceError, ValueError, ReleasedError
             As of `read`.
         """
         view = memoryview(data).cast("B")
         for start, size in _parts(address, len(view)):
-            self._ask("write", start, bytes(view[start - address :][:size]))
+            part = bytes(view[start - address :][:size])
+            try:
+                self._write_part(start, part)
+            except DeviceLostError as gone:
+                missing = Range(start, len(view) - (start - address))
+                raise DeviceLostError(
+                    gone.call, gone.code, gone.name, self._info.name, (missing,),
+                    message=f"{gone}; of what was being written, {missing} may be missing",
+                ) from gone  # fmt: skip
+
+    def _write_part(self, address: int, data: bytes) -> None:
+        try:
+            self._ask("write", address, data)
+        except DeviceLostError:
+            raise
+        except DeviceError:
+            if not self._forget_lost(address, len(data)):
+                raise
+            self._ask("write", address, data)
+
+    def _forget_lost(self, address: int, size: int) -> bool:
+        """Let lost memory be used again, in whole granules; tell whether there was any."""
+        found = ffi.new("struct uvas_found *")
+        if self._info.memory == "shared" or lib.uvas_find(address, found) < 0:
+            return False
+        start = (address - found.base) // self._granule * self._granule
+        length = -((start - (address - found.base) - size) // self._granule) * self._granule
+        words = ffi.new("uint32_t[]", length // _PAGE)
+        if lib.uvas_where(found.id, start, length, words) < 0:
+            return False
+        lost = sorted({at * _PAGE // self._granule for at, word in enumerate(words) if word & lib.UVAS_PAGE_LOST})
+        for granule in lost:
+            lib.uvas_discard(found.id, start + granule * self._granule, self._granule)
+        return bool(lost)
 
     def _ask(self, verb: str, *arguments: Any) -> Any:
         with held_back():
@@ -338,10 +387,24 @@ def _own_memory(memory: str, capacity: int | None, granule: int | None) -> tuple
         )
     if capacity is not None and index(capacity) < granule:
         raise ValueError(f"a capacity of {capacity:#x} bytes has no room for a granule of {granule:#x}")
-    code = lib.uvas_private_memory(ffi.new("uint32_t *"))
+    features = ffi.new("uint32_t *")
+    code = lib.uvas_private_memory(features)
     if code < 0:
         raise failure(code)
+    if features[0] & lib.UVAS_PRIVATE_USER_ONLY:
+        _say_once()
     return capacity, granule
+
+
+@cache
+def _say_once() -> None:
+    warnings.warn(
+        "this process may serve page faults of code only: a system call that touches memory which is on a device fails "
+        "with EFAULT. Keep the memory on the host meanwhile (AddressSpace.pin_host), or run as root or with "
+        "CAP_SYS_PTRACE, set vm.unprivileged_userfaultfd = 1, or let the user open /dev/userfaultfd",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _parts(address: int, size: int) -> list[tuple[int, int]]:

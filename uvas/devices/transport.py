@@ -22,7 +22,17 @@ from uvas._core import fast
 from uvas._core._allocation import Hold
 from uvas.leases import find
 
-__all__ = ["ByValue", "Bytes", "address_of", "by_value", "dumps", "extent", "extent_of"]
+__all__ = [
+    "ByValue",
+    "Bytes",
+    "address_of",
+    "by_value",
+    "described",
+    "dumps",
+    "extent",
+    "extent_of",
+    "memory_at",
+]
 
 _sent: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """What keeps a block of an arena, by its base, for blocks of which something was sent: an array over such a block may
@@ -85,7 +95,7 @@ class Bytes:
         self.keeper = keeper
 
 
-def _memory(address: int, size: int) -> np.ndarray[Any, Any]:
+def memory_at(address: int, size: int) -> np.ndarray[Any, Any]:
     """Return bytes of a reservation as an array, which keeps them from being released or, in an arena, freed.
 
     Raises
@@ -174,14 +184,14 @@ class _Pickler(pickle.Pickler):
             return np.asarray(obj.array).__reduce_ex__(5)
         if isinstance(obj, np.ndarray):
             raise TypeError(
-                f"{_described(obj)} is a {kind.__module__}.{kind.__qualname__}, which does not travel by address: "
+                f"{described(obj)} is a {kind.__module__}.{kind.__qualname__}, which does not travel by address: "
                 f"send array.view(numpy.ndarray), or wrap it in uvas.by_value to copy it"
             )
         return NotImplemented
 
     def _reduce(self, array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
         if array.dtype.hasobject or array.dtype.kind == "T":
-            raise TypeError(f"{_described(array)} holds references, which mean nothing in another process")
+            raise TypeError(f"{described(array)} holds references, which mean nothing in another process")
         low, size = extent(array)
         if size == 0:  # no bytes to share
             return np.ndarray, (array.shape, array.dtype)
@@ -199,16 +209,17 @@ class _Pickler(pickle.Pickler):
                 _sent[block[0]] = _keeper_of(array)
                 return array
             try:
-                return _memory(low, size)
+                return memory_at(low, size)
             except ValueError as error:
                 why = f"does not lie in committed memory: {error}"
         raise TypeError(
-            f"{_described(array)} {why}; allocate it with reservation.numpy or in an arena of the device's space, "
+            f"{described(array)} {why}; allocate it with reservation.numpy or in an arena of the device's space, "
             f"or wrap it in uvas.by_value to copy it"
         )
 
 
-def _described(array: np.ndarray[Any, Any]) -> str:
+def described(array: np.ndarray[Any, Any]) -> str:
+    """Say which array it is, for messages."""
     return f"the array of shape {array.shape} and dtype {array.dtype} at {address_of(array):#x}"
 
 
@@ -220,8 +231,10 @@ def address_of(array: np.ndarray[Any, Any]) -> int:
 
 def extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
     """Return the lowest address of an array's elements and the bytes from there to the end of its highest one."""
-    if array.size == 0 or array.itemsize == 0:
+    if array.nbytes == 0:
         return 0, 0
+    if array.flags.c_contiguous:
+        return address_of(array), array.nbytes
     return extent_of(address_of(array), array.shape, array.strides, array.itemsize)
 
 
@@ -248,7 +261,7 @@ def _rebuild(
     writeable: bool,
 ) -> np.ndarray[Any, Any]:
     """Make an array over this process's side of shared memory; it holds a lease there."""
-    array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, buffer=_memory(low, size), offset=offset, strides=strides)
+    array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, buffer=memory_at(low, size), offset=offset, strides=strides)
     if not writeable:
         array.flags.writeable = False
     return array

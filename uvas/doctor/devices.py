@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from uvas import AddressInUseError, AddressSpace, ProcessDevice
+from uvas import AddressInUseError, AddressSpace, NotSupportedError, ProcessDevice
 from uvas.devices.launch import how_it_ended
+from uvas.devices.opencl import platforms
 from uvas.doctor import drivers
 from uvas.doctor.check import Check, DeviceCheck
 from uvas.report import format_size
@@ -33,7 +34,9 @@ with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.re
     del array
 """
 _CUDA_FILES = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/proc/driver/nvidia/version")
-_GPUS = {"HIP": "HipDevice", "OpenCL": "OpenCLDevice"}
+_PRIVATE = "private memory"
+"""What `check_private` is called beside ProcessDevice, whose memory is shared."""
+_GPUS = {"HIP": "HipDevice"}
 """What is not built yet, by kind."""
 
 
@@ -70,9 +73,10 @@ def check_devices() -> list[DeviceCheck]:
     """Look at each kind of device that uvas knows or is asked about, and try it."""
     return [
         check_process(),
+        check_private(),
         check_cuda(),
         _check_gpu("HIP", "hip", ("/dev/kfd",)),
-        _check_gpu("OpenCL", "opencl", module="pyopencl"),
+        check_opencl(),
     ]
 
 
@@ -146,12 +150,68 @@ def _importable(name: str) -> bool:
         return False
 
 
-def _check_gpu(name: str, driver: str, paths: tuple[str, ...] = (), module: str = "") -> DeviceCheck:
-    """Look for device files, the driver's library and a Python module; let the driver answer."""
+def _add_one_to_each(words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
+    """Write, in the worker, into memory that moves there."""
+    words += 1
+
+
+def check_private() -> DeviceCheck:
+    """Let a worker with memory of its own write, and see the pages move there and come back when they are touched."""
+    advertised = "userfaultfd: see above"
+    began = time.monotonic()
+    try:
+        with (
+            ProcessDevice(name="doctor", memory="private") as device,
+            AddressSpace([device], name="doctor") as space,
+            space.reserve(_SIZE) as held,
+        ):
+            held.commit()
+            words = held.numpy(np.uint64)
+            words[:] = 41
+            device.run(_add_one_to_each, words)
+            there = space.movement().devices["doctor"].bytes_in
+            right = bool((words == 42).all()) and there >= _SIZE
+            back = space.movement().host.bytes_in
+            probed = f"{format_size(there)} moved to process {device.pid} on touch, {format_size(back)} came back"
+            del words
+    except NotSupportedError as refusal:
+        remedy = refusal.remedy or 'see userfaultfd above; memory="shared" works'
+        return DeviceCheck(_PRIVATE, advertised, refusal.reason, "missing", remedy)
+    except (OSError, MemoryError, RuntimeError) as refusal:
+        remedy = "allow processes and descriptors (ulimit -u, ulimit -n), and see the limits"
+        return DeviceCheck(_PRIVATE, advertised, f"{refusal}", "missing", remedy)
+    if not right:
+        return DeviceCheck(_PRIVATE, advertised, "the memory did not move, or not whole", "missing", "report it")
+    return DeviceCheck(_PRIVATE, advertised, f"{probed}, in {time.monotonic() - began:.2f} s", "good", "")
+
+
+def check_opencl() -> DeviceCheck:
+    """Let each OpenCL device say what it shares with the host, and try whether it follows the host's pointers."""
+    if not importlib.util.find_spec("pyopencl"):
+        answer = _ask("opencl")
+        shown = f"{answer.library}: {answer.text}" if answer.library else "nothing"
+        return DeviceCheck("OpenCL", shown, "not tried: there is no pyopencl", "missing", platforms.INSTALL)
+    survey = platforms.ask()
+    devices = survey.get("devices", [])
+    if not devices:
+        why = survey.get("why_not", "no platform has a device")
+        return DeviceCheck("OpenCL", "pyopencl", why, "missing", platforms.INSTALL)
+    advertised, probed, good = [], [], False
+    for one in devices:
+        what = f"{one['device']} ({one['platform']}, {one['driver']})"
+        advertised.append(f"{what}: {', '.join(one['advertised']) or 'no shared virtual memory'}")
+        why_not = platforms.ask(*one["places"])["why_not"]
+        probed.append(f"{one['device']}: {why_not or 'its kernels follow the pointers of the host'}")
+        good = good or not why_not
+    remedy = "" if good else "another device, a newer driver, or pocl-binary-distribution, which runs on any CPU"
+    return DeviceCheck("OpenCL", "; ".join(advertised), "; ".join(probed), "good" if good else "missing", remedy)
+
+
+def _check_gpu(name: str, driver: str, paths: tuple[str, ...]) -> DeviceCheck:
+    """Look for device files and the driver's library; let the driver answer."""
     answer = _ask(driver)
     advertised = [path for path in paths if Path(path).exists()]
     advertised += [answer.library] if answer.library else []
-    advertised += [module] if module and importlib.util.find_spec(module) else []
     remedy = f"uvas has no {_GPUS[name]} yet; a device of your own will do (uvas.Device)"
     return DeviceCheck(name, ", ".join(advertised) or "nothing", answer.text, "missing", remedy)
 

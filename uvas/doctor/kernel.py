@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import os
 import platform
-import struct
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from uvas._core import ffi, lib
 from uvas.doctor.check import Check, State
+from uvas.doctor.userfaultfd import check_userfaultfd
 from uvas.errors import failure
 from uvas.report import format_size
 
@@ -112,86 +107,3 @@ def _check_page(found: Any) -> Check:
             "none: the architecture wants it so",
         )
     return Check("page size", format_size(page), "good", "reservations are multiples of it", "")
-
-
-# ---- userfaultfd -----------------------------------------------------------------------------------------------------
-
-_SYSCALLS = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "loongarch64": 282, "s390x": 355}
-"""The number of userfaultfd(2), where ioctl numbers are also the generic ones (asm-generic/ioctl.h)."""
-
-_UFFD_USER_MODE_ONLY = 1
-_UFFD_API = 0xAA
-_UFFDIO_API = 0xC018AA3F  # _IOWR(0xAA, 0x3F, struct uffdio_api)
-_USERFAULTFD_IOC_NEW = 0xAA00  # _IO(0xAA, 0x00)
-_UFFD_FEATURE_MOVE = 1 << 16
-_UFFD_SETTING = Path("/proc/sys/vm/unprivileged_userfaultfd")
-_MEANS_UFFD = "uvas does not use it yet: its pager, which moves memory between host and device on touch, will"
-
-
-def check_userfaultfd() -> Check:
-    """Open one in each of the ways that there are, and ask it what it can do."""
-    number = _SYSCALLS.get(platform.machine())
-    if number is None:
-        return Check("userfaultfd", "not tried on this architecture", "limited", _MEANS_UFFD, "none known")
-    privileged = _features_of(lambda: _open_by_call(number, 0))
-    by_device = _features_of(_open_by_device)
-    user_mode = _features_of(lambda: _open_by_call(number, _UFFD_USER_MODE_ONLY))
-    ways: dict[str, list[str]] = {}
-    for way, answer in (("system call", privileged), ("/dev/userfaultfd", by_device), ("user mode", user_mode)):
-        ways.setdefault(_told(answer), []).append(way)
-    value = "; ".join(f"{', '.join(same)}: {told}" for told, same in ways.items())
-    value += f"; vm.unprivileged_userfaultfd = {_setting()}"
-    whole = privileged if isinstance(privileged, int) else by_device
-    if isinstance(whole, int):
-        if whole & _UFFD_FEATURE_MOVE:
-            return Check("userfaultfd", value, "good", _MEANS_UFFD, "")
-        return Check("userfaultfd", value, "limited", f"{_MEANS_UFFD}; no UFFDIO_MOVE", "Linux 6.8 or later")
-    allow = "sysctl vm.unprivileged_userfaultfd=1, or read and write access to /dev/userfaultfd"
-    if isinstance(user_mode, int):
-        means = f"{_MEANS_UFFD}; system calls that touch such memory would fail with EFAULT"
-        return Check("userfaultfd", value, "limited", means, allow)
-    return Check("userfaultfd", value, "missing", _MEANS_UFFD, f"a kernel with CONFIG_USERFAULTFD, and {allow}")
-
-
-def _open_by_call(number: int, flags: int) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd: int = libc.syscall(ctypes.c_long(number), ctypes.c_int(flags | os.O_CLOEXEC))
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return fd
-
-
-def _open_by_device() -> int:
-    device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return fcntl.ioctl(device, _USERFAULTFD_IOC_NEW, os.O_CLOEXEC)
-    finally:
-        os.close(device)
-
-
-def _features_of(open_one: Callable[[], int]) -> int | OSError:
-    """Return the features that UFFDIO_API names, or what was answered instead."""
-    try:
-        fd = open_one()
-    except OSError as refusal:
-        return refusal
-    try:
-        answer = fcntl.ioctl(fd, _UFFDIO_API, struct.pack("QQQ", _UFFD_API, 0, 0))
-    except OSError as refusal:
-        return refusal
-    finally:
-        os.close(fd)
-    return int(struct.unpack("QQQ", answer)[1])
-
-
-def _told(answer: int | OSError) -> str:
-    if isinstance(answer, OSError):
-        return (answer.strerror or str(answer)).lower()
-    return f"yes, features {answer:#x}, {'with' if answer & _UFFD_FEATURE_MOVE else 'without'} UFFDIO_MOVE"
-
-
-def _setting() -> str:
-    try:
-        return _UFFD_SETTING.read_text().strip()
-    except OSError:
-        return "not there"

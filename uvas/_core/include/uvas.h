@@ -8,7 +8,7 @@
  *   results     0 or -errno; values through out-parameters, untouched on failure
  *   failures    a call that fails has changed nothing. uvas_last_failure() tells the calling thread what happened, in fields and in a sentence
  *   handles     64-bit ids that are never used again; 0 is none. A released, closed or inherited (fork) id answers -ESTALE
- *   threads     every function may be called from any thread. uvas_find, uvas_next, uvas_find_allocation and uvas_unlease take no lock
+ *   threads     every function may be called from any thread. uvas_find, uvas_next, uvas_find_allocation, uvas_find_arena and uvas_unlease take no lock
  *   fork        the child starts with an empty registry: ids of the parent are dead there, its memory is inherited as memory always is
  *
  * Errors, by the condition that causes them
@@ -448,7 +448,6 @@ struct uvas_arena_stats {
     uint64_t metadata_bytes; /* the arena's own bookkeeping, all of it */
     uint64_t threads; /* that keep something */
     uint64_t regions; /* reservations */
-    uint64_t late_frees; /* double frees that raced with the first one, found afterwards */
 };
 
 struct uvas_allocation { /* a live block */
@@ -472,11 +471,12 @@ UVAS_API int uvas_alloc_many(uvas_id arena, const size_t *sizes, size_t count, u
 /* Only if it takes no system call, no callback and no wait for a lock that is held over either: -EAGAIN otherwise, which is no failure and
  * changes nothing. For callers that hold a lock of their own (Python's). */
 UVAS_API int uvas_alloc_try(uvas_id arena, size_t size, size_t align, uintptr_t *out);
+UVAS_API int uvas_alloc_zeroed_try(uvas_id arena, size_t size, size_t align, uintptr_t *out); /* may take the time to write zeros */
 /* The block with another size, in place where it can be, else moved (contents copied up to the smaller size). On failure it is as it was. */
 UVAS_API int uvas_realloc(uvas_id arena, uintptr_t address, size_t size, uintptr_t *out);
 /* -EINVAL, and nothing happens, where `address` is not the base of a live block of this arena: freed already, or never allocated. (Two frees of one
- * block at the very same time: one of them answers -EINVAL, or late_frees counts it; the arena stays whole. What cannot be told is a second free that
- * comes when the block has been handed out again.) In a forked child the blocks of the parent's arenas are left alone, and the answer is 0. */
+ * block at the very same time: one of them answers -EINVAL, or both 0 where one is by the thread that allocated it; the block is free once. What cannot
+ * be told is a second free that comes when the block has been handed out again.) In a forked child the blocks of the parent's arenas are left alone, and the answer is 0. */
 UVAS_API int uvas_free(uvas_id arena, uintptr_t address);
 /* As uvas_free, under the conditions of uvas_alloc_try. */
 UVAS_API int uvas_free_try(uvas_id arena, uintptr_t address);
@@ -485,6 +485,8 @@ UVAS_API int uvas_allocation_size(uvas_id arena, uintptr_t address, size_t *out)
 
 /* The live block of any arena that holds an address, which may be inside it. No lock; async-signal-safe; 0 or -ENOENT (which is no failure). */
 UVAS_API int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out);
+/* The arena that lives in the reservation there, whether or not a block does. Likewise. */
+UVAS_API int uvas_find_arena(uintptr_t address, uvas_id *out);
 
 /* Calls in what all threads keep, and gives back the memory of every hole: whole spans are decommitted, other pages emptied, those of slabs in which no
  * block lives as well. *bytes (may be NULL): how much. O(blocks). */

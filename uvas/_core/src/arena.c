@@ -153,7 +153,7 @@ static void reset(struct uvas_arena *arena) {
     }
     arena->growing = false;
     arena->used_bytes = arena->peak_bytes = arena->committed_bytes = arena->reserved_bytes = 0;
-    arena->ended_blocks = arena->ended_bytes = arena->ended_late = 0;
+    arena->ended_blocks = arena->ended_bytes = 0;
 }
 
 static void end(struct uvas_arena *arena) {

@@ -10,21 +10,24 @@
  *   heap.c       what a thread keeps for itself, and the door through which it goes
  *   slab.c       small blocks
  *   find.c       the block that holds an address
- *   block.c      alloc and free
+ *   alloc.c      blocks allocated
+ *   free.c       blocks freed
+ *   large.c      blocks that are runs of their own
  *   resize.c     realloc
  *   arena.c      open, close, trim, fork
  *   census.c     statistics and check
  *
  * The theory. A *region* is one reservation. Its pages are divided into *runs*: a hole, a large block, or a *slab*, which holds blocks of one size.
  * Each thread has a *heap* in each arena that it uses: slabs that it owns, and a few runs that it freed lately. Only the owner takes blocks from a
- * slab and only the owner puts them back; whoever else frees a block sets its bit in the slab's second bitmap, and the owner collects.
+ * slab and only the owner puts them back; whoever else frees a block marks it, and the owner collects.
  *
  * Nothing of this lies in the memory that it describes.
  *
  * Who may touch what:
  *   a heap and the slabs that it owns   its thread, *inside* (heap.c), or anybody who has shut the arena's doors
  *   holes, runs, regions, counters      under arena->lock, which is never held over a system call (but fork), a callback or a touch of a block
- *   a slab's remote bits, its pending   anyone, atomically
+ *   the state of a slab's block         free to live and back: the owner; live to freed: anyone, by a compare-and-swap; freed to free: the owner
+ *   a slab's pending, a heap's stack    anyone, atomically
  *   the map from pages to runs          written under arena->lock, read by anyone at any time
  * Order of locks: door, then lock, then metadata's. A thread that is inside may take the lock and never the door.
  */
@@ -38,11 +41,14 @@
 #include "slots.h"
 #include "uvas.h"
 
+#pragma GCC visibility push(hidden) /* said of each variable, so that it is found without a table */
+
 #define UVAS_SPAN ((size_t)2 << 20)           /* memory is committed and given back in such pieces, aligned */
 #define UVAS_SMALL_MAX ((size_t)256 << 10)    /* larger blocks are runs of their own */
 #define UVAS_CLASSES 96u                      /* 8 up to 128 bytes, then 8 for each doubling */
-#define UVAS_WORDS_MAX 64u                    /* of a slab's bitmap: 4,096 blocks, so that one word tells which words have free bits */
+#define UVAS_GROUP ((size_t)64)               /* blocks of a slab; it has at most as many groups, so that one word tells which have free blocks */
 #define UVAS_BINS 512u                        /* holes of so many pages and fewer have a list for each size */
+#define UVAS_KNOWN 16u /* free blocks that a bin knows without looking at bits */
 #define UVAS_KEPT_RUNS 16u                    /* by a heap */
 #define UVAS_KEPT_RUN_MAX ((size_t)4 << 20)   /* bytes of the largest of them */
 #define UVAS_KEPT_MAX ((size_t)16 << 20)      /* bytes of all of them */
@@ -56,7 +62,7 @@ enum uvas_metadata_kind {
     UVAS_METADATA_RUN,
     UVAS_METADATA_HEAP,
     UVAS_METADATA_ARENA,
-    UVAS_METADATA_SLAB, /* with one word; from here on each has twice as many as the one before */
+    UVAS_METADATA_SLAB, /* with one group of blocks; from here on each has twice as many as the one before */
     UVAS_METADATA_KINDS = UVAS_METADATA_SLAB + 7,
 };
 
@@ -84,25 +90,27 @@ struct uvas_run { /* the first cache line is what those read who allocate and fr
     _Atomic uint32_t version;  /* counts changes of base and bytes; read before and after by those who look without a lock */
     _Atomic uintptr_t base;    /* base, bytes: written under the lock while state is BUSY or HOLE */
     _Atomic size_t bytes;
+    _Atomic(struct uvas_heap *) owner; /* slabs; NULL in what never is one. Changed by the owner, or with the doors shut; read by anyone */
     union {
         struct { /* holes, under the lock */
             struct uvas_run *next, *previous;           /* in the list of their size, or */
             struct uvas_run *idle_next, *idle_previous; /* holes in the order in which they last grew */
-            uint64_t idle_since;                        /* ns; 0: not in that list */
         };
         struct { /* slabs */
-            _Atomic(struct uvas_heap *) owner; /* changed by the owner, or with the doors shut; read by anyone */
             _Atomic uint64_t reciprocal;       /* 2^40 / block_bytes, rounded up; fixed while it is a slab, as are the next two; read by anyone */
             _Atomic uint32_t block_bytes;
             _Atomic uint32_t count;
-            _Atomic uint32_t collects; /* odd while the owner takes in what others freed. The owner's; read by anyone */
             _Atomic uint32_t pending;  /* 1: it is in some heap's stack, or about to be. Never reset but by who takes it off */
-            uint16_t words, remote_at; /* fixed for this piece of metadata */
+            uint32_t bin_at; /* the bytes of a heap before its bin. The owner's */
+            uint32_t groups; /* fixed for this piece of metadata */
         };
     };
     void *link; /* metadata.c's */
     struct uvas_region *region; /* as base */
-    struct uvas_run *spare; /* slabs: what describes the hole when it is given back, so that giving back needs no memory */
+    union {
+        struct uvas_run *spare; /* slabs: what describes the hole when it is given back, so that giving back needs no memory */
+        uint64_t idle_since;    /* holes: ns; 0: not in that list */
+    };
     _Atomic size_t guard;   /* large blocks: bytes at the end that fault */
 };
 _Static_assert(offsetof(struct uvas_run, link) == 64, "what is read together lies together");
@@ -126,26 +134,36 @@ static inline uint32_t uvas_run_state(const struct uvas_run *run) {
     return atomic_load_explicit(&run->state, memory_order_acquire);
 }
 
-struct uvas_slab { /* the second line is seldom used, the third is the owner's, with the first of the bits: blocks are taken from the low end */
+enum uvas_block_state { UVAS_BLOCK_LIVE = 0, UVAS_BLOCK_FREE = 1, UVAS_BLOCK_FREED = 2 /* by another than the owner, and not yet collected */ };
+
+struct uvas_slab { /* the second line is seldom used, the third is the owner's */
     struct uvas_run run; /* first: the map points to either */
     struct uvas_slab *pending_next; /* of who set pending */
     uint32_t class; /* from here on the owner's */
     bool clean;     /* its pages were zero when it was made */
-    _Alignas(64) uint64_t summary; /* which words have free bits */
-    uint64_t counts; /* low 16 bits: blocks that are live, or freed by others and not yet collected; above: blocks allocated in it, ever */
+    _Alignas(64) uint64_t summary; /* which groups have free blocks that the bin does not know, or had when somebody looked last */
+    uint64_t counts; /* low 15 bits: blocks that are live, or freed by others and not yet collected; UNLISTED; above: blocks allocated in it, ever */
     struct uvas_slab *next, *previous;
-    uint32_t high; /* no block from this index on was ever handed out */
-    bool listed;   /* in its bin's list of those with free blocks; otherwise in the other */
-    _Atomic uint64_t bits[]; /* `words` of free blocks (1: free), written by the owner only; on other lines as many of blocks freed by others */
+    uint32_t high; /* no block from this index on was ever known to a bin */
+    _Alignas(64) _Atomic unsigned char blocks[]; /* enum uvas_block_state of each */
 };
 
-/* Words of bits before those of blocks freed by others: so many that these begin a cache line. */
-static inline size_t uvas_slab_remote_at(size_t words) {
-    return (offsetof(struct uvas_slab, bits) + words * sizeof(uint64_t) + 63) / 64 * 8 - offsetof(struct uvas_slab, bits) / sizeof(uint64_t);
+typedef uint64_t __attribute__((may_alias)) uvas_eight; /* states of eight blocks */
+
+/* Which blocks of a group are in `state`, FREE or FREED, a bit for each. Tells where to look; orders nothing. */
+static inline uint64_t uvas_slab_group(const struct uvas_slab *slab, size_t group, enum uvas_block_state state) {
+    const uvas_eight *eights = (const uvas_eight *)(const void *)&slab->blocks[group * UVAS_GROUP];
+    uint64_t found = 0;
+    for (size_t i = 0; i < UVAS_GROUP / 8; i++) {
+        uint64_t ones = __atomic_load_n(&eights[i], __ATOMIC_RELAXED) >> (state - UVAS_BLOCK_FREE) & UINT64_C(0x0101010101010101);
+        found |= ones * UINT64_C(0x0102040810204080) >> 56 << 8 * i; /* the lowest bits of eight bytes, side by side */
+    }
+    return found;
 }
 
-#define UVAS_SLAB_USED UINT64_C(0xffff) /* of counts */
-#define UVAS_SLAB_ONE (UVAS_SLAB_USED + 2) /* one block more in use, and one more ever */
+#define UVAS_SLAB_USED UINT64_C(0x7fff)     /* of counts */
+#define UVAS_SLAB_UNLISTED UINT64_C(0x8000) /* not in its bin's list of those with free blocks, but in the other */
+#define UVAS_SLAB_EVER UINT64_C(0x10000)
 
 /* ---- holes.c: under the lock -------------------------------------------------------------------------------------------------------------- */
 
@@ -210,8 +228,20 @@ static inline size_t uvas_span_index(const struct uvas_region *region, uintptr_t
 
 /* ---- arenas -------------------------------------------------------------------------------------------------------------------------------------- */
 
+struct uvas_known { /* a free block of a slab */
+    uintptr_t address; /* and FRESH: it was never handed out, and its pages were zero */
+    struct uvas_slab *slab;
+    size_t index;
+};
+
+#define UVAS_KNOWN_FRESH ((uintptr_t)1)
+
 struct uvas_bin { /* slabs of one class that a heap owns */
-    struct uvas_slab *free; /* with free blocks; blocks are taken from the first */
+    size_t knows;
+    /* Free blocks, the last of which is the next to be handed out: those freed last, or the lowest of a slab. They are free by their bits too, and
+     * whoever takes slabs away from the heap makes it forget them. */
+    struct uvas_known known[UVAS_KNOWN];
+    struct uvas_slab *free; /* with free blocks, or some that are full by now */
     struct uvas_slab *full;
 };
 
@@ -220,24 +250,24 @@ struct uvas_bin { /* slabs of one class that a heap owns */
 enum { UVAS_DOOR_OPEN = 0, UVAS_DOOR_AJAR = 1, UVAS_DOOR_SHUT = 2 };
 
 struct uvas_heap {
-    void *link; /* metadata.c's */
     /* The door. `inside`: written by the owner only, 1 while it works in here. `shut`: written under the arena's door by who shuts it.
      * Each side writes its word, then reads the other's; which needs a full barrier between, and that is the other side's (membarrier). */
     _Atomic uint32_t inside;
     _Atomic uint32_t shut; /* UVAS_DOOR_... */
     _Atomic uvas_id arena_id; /* UVAS_NO_ARENA: of none now. Changed by the owner, or with the door shut */
-    struct uvas_arena *arena;
     /* Where the last block that this thread freed lay: base, bytes and map of that region. The owner's */
     uintptr_t near_base;
     size_t near_bytes;
     _Atomic(struct uvas_run *) *near_map;
+    uint32_t near_shift; /* uvas_page_shift */
     uint32_t bare;     /* 1 or 0 */
     uint32_t hardened; /* GUARD and POISON of the arena's flags: then its door is never open, only ajar, and every way is a slower one */
+    struct uvas_arena *arena;
+    void *link; /* metadata.c's */
     _Atomic(struct uvas_slab *) pending; /* slabs in which others freed blocks: pushed by anyone, taken whole by the owner */
     struct uvas_heap *next, *previous;   /* in the arena's list; under its door, as is the next */
     bool idle; /* its thread has ended */
     uint64_t large_blocks, large_bytes;  /* allocated, ever */
-    uint64_t late_frees;
     size_t kept_bytes;
     uint32_t visits; /* of slower ways */
     bool due; /* some memory has been idle for long, and who noticed might not wait */
@@ -272,7 +302,7 @@ struct uvas_arena {
     bool emptying; /* one thread has slabs rest; under lock */
     uint32_t giving; /* threads that give memory back, which need no block to be here; under lock. close waits for them */
     size_t used_bytes, peak_bytes, committed_bytes, reserved_bytes;
-    uint64_t ended_blocks, ended_bytes, ended_late; /* what heaps that are gone had counted */
+    uint64_t ended_blocks, ended_bytes; /* what heaps that are gone had counted */
     struct uvas_arena *next, *previous; /* in the list of all, or, in a forked child, of the parent's */
 };
 
@@ -346,6 +376,7 @@ static inline size_t uvas_page(void) {
 /* The calling thread's heap in an arena, made at its first use; NULL with *rc: the arena is dead, which is said; there is no memory, which is said if
  * it may wait; -EAGAIN. */
 struct uvas_heap *uvas_heap_of(uvas_id arena, bool may_wait, int *rc);
+int uvas_heap_go_in(struct uvas_heap *heap, uvas_id id, bool wait); /* 0; -EAGAIN: who may not wait would have to; -ESTALE: the arena is dead, which is said */
 void uvas_heap_wait_at_door(struct uvas_heap *heap);
 void uvas_doors_shut(struct uvas_arena *arena); /* every thread is outside, and stays there */
 void uvas_doors_open(struct uvas_arena *arena);
@@ -417,21 +448,26 @@ void uvas_heap_gather(struct uvas_heap *heap);
 void uvas_heap_sweep(struct uvas_heap *heap);
 /* An orphan with a free block of the class, now the heap's; false: there is none. Under lock. */
 bool uvas_slab_find_orphan(struct uvas_heap *heap, uint32_t class);
+static inline bool uvas_slab_has_room(const struct uvas_slab *slab) {
+    return (slab->counts & UVAS_SLAB_USED) < atomic_load_explicit(&slab->run.count, memory_order_relaxed);
+}
+
+static inline struct uvas_bin *uvas_slab_bin(struct uvas_heap *heap, const struct uvas_slab *slab) {
+    return (struct uvas_bin *)(void *)((char *)heap + slab->run.bin_at);
+}
+
+/* The first slab in a bin's list that has a free block, NULL if none does; those before it go to the other list. */
+struct uvas_slab *uvas_bin_slab(struct uvas_bin *bin);
+void uvas_bin_learn(struct uvas_bin *bin, struct uvas_slab *slab); /* the lowest free blocks of a slab with room, where it knows none */
+void uvas_bin_forget(struct uvas_bin *bin);
+
 /* After the last block in use of a slab was freed, or the first of a full one. */
 __attribute__((noinline)) void uvas_slab_changed(struct uvas_heap *heap, struct uvas_slab *slab);
 void uvas_slab_count(struct uvas_arena *arena, struct uvas_slab *slab); /* what was allocated in it goes to the arena's counters. Under lock */
 void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab); /* empty, in no list: its pages become a hole. Under lock */
 void uvas_slab_list(struct uvas_slab **list, struct uvas_slab *slab);
 void uvas_slab_unlist(struct uvas_slab **list, struct uvas_slab *slab);
-void uvas_slab_notify(struct uvas_slab *slab); /* after a remote bit was set */
-
-static inline _Atomic uint64_t *uvas_slab_free(struct uvas_slab *slab) {
-    return slab->bits;
-}
-
-static inline _Atomic uint64_t *uvas_slab_remote(struct uvas_slab *slab) {
-    return slab->bits + slab->run.remote_at;
-}
+void uvas_slab_notify(struct uvas_slab *slab); /* after a block was marked as freed */
 
 /* -- find.c: by anyone; true if it was so while the call ran -- */
 
@@ -445,7 +481,7 @@ bool uvas_block_locate(const struct uvas_region *region, uintptr_t address, stru
 int uvas_block_not_live(uintptr_t address); /* says so: -EINVAL */
 struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t address); /* or NULL */
 
-/* -- block.c -- */
+/* -- large.c -- */
 
 static inline size_t uvas_block_pages(size_t size) { /* bytes of whole pages */
     return (size + uvas_page() - 1) & ~(uvas_page() - 1);
@@ -474,5 +510,7 @@ struct uvas_arena *uvas_arena_inherited(uvas_id id);
 void uvas_arenas_before_fork(void);
 void uvas_arenas_after_fork_in_parent(void);
 void uvas_arenas_after_fork_in_child(void);
+
+#pragma GCC visibility pop
 
 #endif

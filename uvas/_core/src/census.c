@@ -50,9 +50,8 @@ static struct uvas_run *next_run(struct walk *walk) {
 
 static uint32_t live_in(struct uvas_slab *slab) {
     uint32_t live = (uint32_t)(slab->counts & UVAS_SLAB_USED);
-    for (uint32_t word = 0; word < slab->run.words; word++) {
-        uint64_t freed = atomic_load_explicit(&uvas_slab_remote(slab)[word], memory_order_acquire);
-        live -= (uint32_t)__builtin_popcountll(freed & ~atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed));
+    for (size_t group = 0; group < slab->run.groups; group++) {
+        live -= (uint32_t)__builtin_popcountll(uvas_slab_group(slab, group, UVAS_BLOCK_FREED));
     }
     return live;
 }
@@ -98,7 +97,6 @@ static void count_heaps(struct uvas_arena *arena, struct uvas_arena_stats *stats
     uvas_heap_count(&arena->resting);
     stats->total_blocks = arena->ended_blocks;
     stats->total_bytes = arena->ended_bytes;
-    stats->late_frees = arena->ended_late;
 }
 
 static uint64_t resident(uintptr_t from, uintptr_t to) {
@@ -155,22 +153,52 @@ int uvas_arena_stats(uvas_id id, struct uvas_arena_stats *out) {
 
 #define BROKEN(...) return uvas_fail_invalid(__VA_ARGS__)
 
+/* Whether the bin knows that a block is free. */
+static bool known(const struct uvas_slab *slab, size_t index) {
+    struct uvas_heap *owner = atomic_load_explicit(&slab->run.owner, memory_order_relaxed);
+    const struct uvas_bin *bin = owner ? uvas_slab_bin(owner, slab) : NULL;
+    size_t i = bin ? bin->knows : 0;
+    while (i > 0 && (bin->known[i - 1].slab != slab || bin->known[i - 1].index != index)) {
+        i--;
+    }
+    return i > 0;
+}
+
+/* What a bin knows is so, and it knows it once: each block that it names is free, where it says, in a slab of the heap's own. */
+static int check_bin(const struct uvas_arena *arena, const struct uvas_heap *heap, const struct uvas_bin *bin) {
+    for (size_t i = 0; i < bin->knows; i++) {
+        const struct uvas_known *known = &bin->known[i];
+        uintptr_t base = uvas_run_base(&known->slab->run) + known->index * uvas_class_bytes((uint32_t)(bin - heap->bins));
+        bool twice = false;
+        for (size_t j = 0; j < i; j++) {
+            twice |= (bin->known[j].address & ~UVAS_KNOWN_FRESH) == base;
+        }
+        if (twice || (known->address & ~UVAS_KNOWN_FRESH) != base || known->slab->class != (uint32_t)(bin - heap->bins) ||
+            atomic_load_explicit(&known->slab->run.owner, memory_order_relaxed) != heap ||
+            atomic_load_explicit(&known->slab->blocks[known->index], memory_order_relaxed) != UVAS_BLOCK_FREE) {
+            BROKEN("arena %s: 0x%lx is kept as a free block of %zu bytes, and is none, or twice", arena->name, known->address,
+                   uvas_class_bytes((uint32_t)(bin - heap->bins)));
+        }
+    }
+    return 0;
+}
+
 static int check_slab(const struct uvas_arena *arena, struct uvas_slab *slab) {
     uint32_t count = atomic_load_explicit(&slab->run.count, memory_order_relaxed), free = 0;
     uintptr_t base = uvas_run_base(&slab->run);
-    for (uint32_t word = 0; word < slab->run.words; word++) {
-        uint64_t bits = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed);
-        if ((slab->summary >> word & 1) != (bits != 0)) {
-            BROKEN("arena %s: the slab at 0x%lx says that word %u has %s free block", arena->name, base, word, bits ? "no" : "a");
+    for (uint32_t i = 0; i < count; i++) {
+        bool is_free = atomic_load_explicit(&slab->blocks[i], memory_order_relaxed) == UVAS_BLOCK_FREE;
+        if (is_free && !(slab->summary >> i / UVAS_GROUP & 1) && !known(slab, i)) {
+            BROKEN("arena %s: nobody knows that block %u of the slab at 0x%lx is free", arena->name, i, base);
         }
-        free += (uint32_t)__builtin_popcountll(bits);
+        free += is_free;
     }
     if (count - free != (slab->counts & UVAS_SLAB_USED) || count * uvas_class_bytes(slab->class) > uvas_run_bytes(&slab->run)) {
         BROKEN("arena %s: the slab at 0x%lx counts %u used of %u, and has %u free", arena->name, base,
                (uint32_t)(slab->counts & UVAS_SLAB_USED), count, free);
     }
     const struct uvas_heap *owner = atomic_load_explicit(&slab->run.owner, memory_order_relaxed);
-    const struct uvas_slab *listed = owner ? slab->listed ? owner->bins[slab->class].free : owner->bins[slab->class].full : NULL;
+    const struct uvas_slab *listed = owner ? slab->counts & UVAS_SLAB_UNLISTED ? owner->bins[slab->class].full : owner->bins[slab->class].free : NULL;
     while (listed && listed != slab) {
         listed = listed->next;
     }
@@ -235,6 +263,14 @@ static int check_all(const struct uvas_arena *arena) {
     }
     if (used < arena->used_bytes || (arena->limit && arena->used_bytes > arena->limit)) { /* a hole that is trimmed is counted in the first */
         BROKEN("arena %s: 0x%zx bytes are in use, 0x%zx are counted, of a limit of 0x%zx", arena->name, used, arena->used_bytes, arena->limit);
+    }
+    for (const struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
+        for (uint32_t class = 0; class < UVAS_CLASSES; class++) {
+            int rc = check_bin(arena, heap, &heap->bins[class]);
+            if (rc < 0) {
+                return rc;
+            }
+        }
     }
     return 0;
 }

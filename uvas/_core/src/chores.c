@@ -190,7 +190,7 @@ static bool duplicates(const struct uvas_errand *request, const struct uvas_exte
 
 static int move_run(struct uvas_errand *request, const struct uvas_extent *run, bool write) {
     struct uvas_member *member = run->mirror->domain->members[request->party];
-    struct uvas_extent range = all_of(request->mirror, request->first, request->end);
+    struct uvas_extent range = all_of(request->mirror, request->from, request->end);
     bool gains = request->party != UVAS_HOST && !(run->word >> request->party & 1);
     int rc = gains ? uvas_residency_room(member, run, &range) : 0;
     rc = rc < 0 ? rc : uvas_move(run, request->party, write);
@@ -231,7 +231,7 @@ static bool move_some(struct uvas_errand *request) {
     for (size_t bytes = 0; request->first < request->end && bytes < UVAS_MOVE_BYTES && request->rc == 0;) {
         uint32_t left = request->end - request->first;
         struct uvas_extent run = uvas_extent_from(mirror, request->first, left < request->most ? left : request->most);
-        bool write = request->write && !duplicates(request, &run);
+        bool write = request->write && !(request->advised && duplicates(request, &run));
         if (uvas_within(mirror->suspended, run.first)) {
             return false; /* whoever takes it away will be done soon */
         }
@@ -246,7 +246,7 @@ static bool move_some(struct uvas_errand *request) {
         }
         int rc = move_run(request, &run, write);
         if (rc < 0) {
-            if (rc == -ENOMEM && run.count == 1) {
+            if (rc == -ESRCH || (rc == -ENOMEM && run.count == 1)) { /* its process has ended, which is heard of a moment later */
                 request->rc = rc;
                 break;
             }
@@ -264,11 +264,11 @@ static bool move_some(struct uvas_errand *request) {
 /* ---- home -------------------------------------------------------------------------------------------------------------------------------------- */
 
 static int bring_run_home(struct uvas_member *member, const struct uvas_extent *run, bool leaves) {
-    bool sole = uvas_holders(run->word) == 1u << member->party;
-    if (!sole) {
-        return leaves ? uvas_move_drop(run, member->party) : 0;
+    uint32_t holders = uvas_holders(run->word);
+    if (!leaves) { /* devices alone may share it: it is enough that the host has a copy, and needed */
+        return holders & 1u << UVAS_HOST ? 0 : uvas_move(run, UVAS_HOST, false);
     }
-    return uvas_move(run, UVAS_HOST, leaves);
+    return holders == 1u << member->party ? uvas_move(run, UVAS_HOST, true) : uvas_move_drop(run, member->party);
 }
 
 /* The first mirror at `base` or above, of this member's, or NULL. */

@@ -19,12 +19,10 @@ struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t 
 static bool slab_block(struct uvas_slab *slab, uintptr_t address, uintptr_t *base, size_t *bytes) {
     uintptr_t start = uvas_run_base(&slab->run);
     size_t index = uvas_slab_index(slab, address - start), size = atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed);
-    if (index >= atomic_load_explicit(&slab->run.count, memory_order_relaxed) || index / 64 >= slab->run.words) {
+    if (index >= atomic_load_explicit(&slab->run.count, memory_order_relaxed) || index / UVAS_GROUP >= slab->run.groups) {
         return false;
     }
-    uint64_t bit = UINT64_C(1) << index % 64;
-    if ((atomic_load_explicit(&uvas_slab_remote(slab)[index / 64], memory_order_acquire) |
-         atomic_load_explicit(&uvas_slab_free(slab)[index / 64], memory_order_acquire)) & bit) {
+    if (atomic_load_explicit(&slab->blocks[index], memory_order_acquire) != UVAS_BLOCK_LIVE) {
         return false;
     }
     *base = start + index * size;
@@ -47,13 +45,29 @@ bool uvas_block_locate(const struct uvas_region *region, uintptr_t address, stru
     return address - *base < *bytes;
 }
 
-int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out) {
+/* The region of the reservation that holds an address, and its arena; NULL: there is none. */
+static struct uvas_region *region_of(uintptr_t address, uvas_id *arena) {
     struct uvas_region *region = uvas_region_at(address);
-    uvas_id arena = region ? atomic_load_explicit(&region->arena_id, memory_order_acquire) : 0;
+    *arena = region ? atomic_load_explicit(&region->arena_id, memory_order_acquire) : 0;
+    return *arena ? region : NULL;
+}
+
+int uvas_find_arena(uintptr_t address, uvas_id *out) {
+    uvas_id arena;
+    if (!region_of(address, &arena)) {
+        return -ENOENT;
+    }
+    *out = arena;
+    return 0;
+}
+
+int uvas_find_allocation(uintptr_t address, struct uvas_allocation *out) {
+    uvas_id arena;
+    struct uvas_region *region = region_of(address, &arena);
     struct uvas_run *run;
     uintptr_t base;
     size_t bytes;
-    if (!arena || address - atomic_load_explicit(&region->base, memory_order_relaxed) >= atomic_load_explicit(&region->bytes, memory_order_relaxed)) {
+    if (!region || address - atomic_load_explicit(&region->base, memory_order_relaxed) >= atomic_load_explicit(&region->bytes, memory_order_relaxed)) {
         return -ENOENT;
     }
     if (!uvas_block_locate(region, address, &run, &base, &bytes)) {

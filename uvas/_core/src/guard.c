@@ -1,8 +1,8 @@
-/* guard.c: two threads beside the pager.
+/* guard.c: three threads beside the pager.
  *
- *   the mate      does one job at a time for it: the second half of a large copy, the dropping of staging while the pager goes on, and the writing to
- *                 pages that are shared with a child of fork, so that they are this process's alone and can move. That last could be a fault, for which
- *                 the pager's own thread would wait for itself
+ *   the mate      does one job at a time for it: the second half of a large copy, the dropping of staging while the pager goes on
+ *   the unsharer  writes to pages that are shared with a child of fork, so that they are this process's alone and can move. That may be a fault, which
+ *                 the pager has to serve: so it never waits for this one
  *   the watchdog  says on stderr which fault nobody has answered for long: a hang that has a name
  */
 #define _GNU_SOURCE
@@ -19,69 +19,70 @@
 
 #define SPINS 2000 /* looks at the mailbox before sleeping: a batch's jobs follow each other within microseconds */
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards ending, asleep and the sleep */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards ending, the sleep and who is asleep */
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
-static bool ending, asleep;
-static pthread_t mate, watchdog;
+static bool ending;
+static pthread_t watchdog;
 
-/* The mailbox. `state` is written by the pager (IDLE to POSTED, release) and by the mate (POSTED to IDLE, release); the job belongs to whose turn it is. */
-enum { IDLE, POSTED };
-static _Atomic int state;
-static struct job {
+struct job {
     enum { COPY, DROP, UNSHARE } kind;
     int faults;
     uintptr_t to;
     const char *from;
     size_t size;
     int rc;
-} job;
+};
 
-static void pause_a_moment(void) { /* nothing that a processor would need to be told */
-    __asm__ volatile("" ::: "memory");
+enum { IDLE, POSTED };
+
+/* A thread with a mailbox. `state` is written by the pager (IDLE to POSTED) and by the thread (POSTED to IDLE); the job belongs to whose turn it is. */
+static struct helper {
+    pthread_t thread;
+    _Atomic int state;
+    bool asleep;
+    struct job job;
+} mate, unsharer;
+
+static bool idle(const struct helper *helper) {
+    return atomic_load_explicit(&helper->state, memory_order_acquire) == IDLE;
 }
 
-static void post(const struct job *wanted) {
-    job = *wanted;
-    atomic_store_explicit(&state, POSTED, memory_order_seq_cst);
+static void post(struct helper *helper, const struct job *wanted) {
+    helper->job = *wanted;
+    atomic_store_explicit(&helper->state, POSTED, memory_order_seq_cst);
     pthread_mutex_lock(&lock);
-    if (asleep) {
+    if (helper->asleep) {
         pthread_cond_broadcast(&changed);
     }
     pthread_mutex_unlock(&lock);
 }
 
-static bool idle(void) {
-    return atomic_load_explicit(&state, memory_order_acquire) == IDLE;
-}
-
 void uvas_mate_wait(void) {
-    for (uint32_t spins = 0; !idle(); spins++) {
+    for (uint32_t spins = 0; !idle(&mate); spins++) {
         if (spins > SPINS) {
             uvas_vm_yield();
-        } else {
-            pause_a_moment();
         }
     }
 }
 
 void uvas_mate_copy(int faults, uintptr_t to, const char *from, size_t size) {
     uvas_mate_wait();
-    post(&(struct job){.kind = COPY, .faults = faults, .to = to, .from = from, .size = size});
+    post(&mate, &(struct job){.kind = COPY, .faults = faults, .to = to, .from = from, .size = size});
 }
 
 int uvas_mate_copied(void) {
     uvas_mate_wait();
-    return job.rc;
+    return mate.job.rc;
 }
 
 void uvas_mate_drop(uintptr_t base, size_t size) {
     uvas_mate_wait();
-    post(&(struct job){.kind = DROP, .to = base, .size = size});
+    post(&mate, &(struct job){.kind = DROP, .to = base, .size = size});
 }
 
 void uvas_unshare(uintptr_t page) {
-    if (idle()) {
-        post(&(struct job){.kind = UNSHARE, .to = page, .size = uvas_vm_platform.page_size});
+    if (idle(&unsharer)) {
+        post(&unsharer, &(struct job){.kind = UNSHARE, .to = page, .size = uvas_vm_platform.page_size});
     }
 }
 
@@ -99,30 +100,30 @@ static void work(struct job *on) {
     }
 }
 
-static bool comes_soon(void) {
-    for (uint32_t spins = 0; spins < SPINS && idle(); spins++) {
-        pause_a_moment();
+static bool comes_soon(const struct helper *helper) {
+    for (uint32_t spins = 0; spins < SPINS && idle(helper); spins++) {
     }
-    return !idle();
+    return !idle(helper);
 }
 
-static void *be_mate(void *nothing) {
+static void *be_helper(void *which) {
+    struct helper *helper = which;
     for (;;) {
-        if (!comes_soon()) {
+        if (!comes_soon(helper)) {
             pthread_mutex_lock(&lock);
-            asleep = true;
-            while (!ending && atomic_load_explicit(&state, memory_order_seq_cst) == IDLE) {
+            helper->asleep = true;
+            while (!ending && atomic_load_explicit(&helper->state, memory_order_seq_cst) == IDLE) {
                 pthread_cond_wait(&changed, &lock);
             }
-            asleep = false;
+            helper->asleep = false;
             bool end = ending;
             pthread_mutex_unlock(&lock);
-            if (end && idle()) {
-                return nothing;
+            if (end && idle(helper)) {
+                return NULL;
             }
         }
-        work(&job);
-        atomic_store_explicit(&state, IDLE, memory_order_release);
+        work(&helper->job);
+        atomic_store_explicit(&helper->state, IDLE, memory_order_release);
     }
 }
 
@@ -168,30 +169,40 @@ static void *be_watchdog(void *nothing) {
     return nothing;
 }
 
+static void end_threads(pthread_t *const *threads, uint32_t count) {
+    pthread_mutex_lock(&lock);
+    ending = true;
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
+    while (count-- > 0) {
+        (void)pthread_join(*threads[count], NULL);
+    }
+}
+
+static pthread_t *const all_threads[] = {&mate.thread, &unsharer.thread, &watchdog};
+
 int uvas_guard_start(void) {
-    ending = asleep = false;
-    atomic_store(&state, IDLE);
-    int rc = uvas_thread_start(&mate, be_mate, NULL);
+    ending = false;
+    mate = unsharer = (struct helper){.state = IDLE};
+    int rc = uvas_thread_start(&mate.thread, be_helper, &mate);
+    if (rc < 0) {
+        return rc;
+    }
+    rc = uvas_thread_start(&unsharer.thread, be_helper, &unsharer);
     if (rc == 0) {
         rc = uvas_thread_start(&watchdog, be_watchdog, NULL);
-        if (rc < 0) {
-            pthread_mutex_lock(&lock);
-            ending = true;
-            pthread_cond_broadcast(&changed);
-            pthread_mutex_unlock(&lock);
-            (void)pthread_join(mate, NULL);
-        }
+    } else {
+        end_threads(all_threads, 1);
+        return rc;
+    }
+    if (rc < 0) {
+        end_threads(all_threads, 2);
     }
     return rc;
 }
 
 void uvas_guard_stop(void) {
-    pthread_mutex_lock(&lock);
-    ending = true;
-    pthread_cond_broadcast(&changed);
-    pthread_mutex_unlock(&lock);
-    (void)pthread_join(mate, NULL);
-    (void)pthread_join(watchdog, NULL);
+    end_threads(all_threads, 3);
 }
 
 void uvas_guard_forget(void) {

@@ -57,6 +57,20 @@ void uvas_heap_wait_at_door(struct uvas_heap *heap) {
     (void)pthread_mutex_unlock(&arena->door);
 }
 
+int uvas_heap_go_in(struct uvas_heap *heap, uvas_id id, bool wait) {
+    while (!uvas_heap_enter(heap) && !uvas_heap_enter_fenced(heap)) {
+        if (!wait) {
+            return -EAGAIN;
+        }
+        uvas_heap_wait_at_door(heap);
+    }
+    if (atomic_load_explicit(&heap->arena_id, memory_order_relaxed) != id) {
+        uvas_heap_leave(heap);
+        return wait ? uvas_fail_released("arena", id) : -EAGAIN;
+    }
+    return 0;
+}
+
 /* ---- a heap's beginning and end ------------------------------------------------------------------------------------------------------------------ */
 
 static bool widen(uint32_t index) {
@@ -159,6 +173,7 @@ void uvas_heap_empty(struct uvas_heap *heap) {
     for (uint32_t class = 0; class < UVAS_CLASSES; class++) {
         struct uvas_bin *bin = &heap->bins[class];
         struct uvas_slab *next;
+        uvas_bin_forget(bin);
         for (struct uvas_slab *slab = bin->free; slab; slab = next) {
             next = slab->next;
             if (!(slab->counts & UVAS_SLAB_USED)) {
@@ -166,8 +181,8 @@ void uvas_heap_empty(struct uvas_heap *heap) {
                 uvas_slab_end(arena, slab);
             } else if (heap != orphans) {
                 uvas_slab_unlist(&bin->free, slab);
-                uvas_slab_list(slab->summary ? &orphans->bins[class].free : &orphans->bins[class].full, slab);
-                slab->listed = slab->summary != 0;
+                uvas_slab_list(uvas_slab_has_room(slab) ? &orphans->bins[class].free : &orphans->bins[class].full, slab);
+                slab->counts |= uvas_slab_has_room(slab) ? 0 : UVAS_SLAB_UNLISTED;
                 atomic_store_explicit(&slab->run.owner, orphans, memory_order_release);
             }
         }
@@ -184,8 +199,7 @@ void uvas_heap_count(struct uvas_heap *heap) {
     struct uvas_arena *arena = heap->arena;
     arena->ended_blocks += heap->large_blocks;
     arena->ended_bytes += heap->large_bytes;
-    arena->ended_late += heap->late_frees;
-    heap->large_blocks = heap->large_bytes = heap->late_frees = 0;
+    heap->large_blocks = heap->large_bytes = 0;
 }
 
 /* The thread ends: what it keeps goes to the arena, unless that was closed meanwhile. */

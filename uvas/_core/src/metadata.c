@@ -25,8 +25,7 @@ size_t uvas_metadata_bytes(enum uvas_metadata_kind kind) {
     static const size_t plain[] = {[UVAS_METADATA_RUN] = sizeof(struct uvas_run),
                                    [UVAS_METADATA_HEAP] = sizeof(struct uvas_heap),
                                    [UVAS_METADATA_ARENA] = sizeof(struct uvas_arena)};
-    size_t words = kind < UVAS_METADATA_SLAB ? 0 : (size_t)1 << (kind - UVAS_METADATA_SLAB);
-    size_t bytes = words ? offsetof(struct uvas_slab, bits) + (uvas_slab_remote_at(words) + words) * sizeof(uint64_t) : plain[kind];
+    size_t bytes = kind < UVAS_METADATA_SLAB ? plain[kind] : offsetof(struct uvas_slab, blocks) + (UVAS_GROUP << (kind - UVAS_METADATA_SLAB));
     size_t unit = kind == UVAS_METADATA_RUN ? sizeof(void *) : LINE; /* slabs and heaps do not share cache lines with others' */
     return (bytes + unit - 1) / unit * unit;
 }

@@ -129,7 +129,7 @@ static int tell_moved(const struct uvas_record *record, const struct uvas_errand
     return 0;
 }
 
-static int prefetch(struct uvas_record *record, size_t offset, size_t size, uvas_id device, struct uvas_moved *out) {
+static int prefetch(struct uvas_record *record, size_t offset, size_t size, uvas_id device, bool advised, struct uvas_moved *out) {
     struct uvas_party *party = device ? party_of(record->space, device) : NULL;
     if (device && !party) {
         return uvas_fail_released("device", device);
@@ -139,8 +139,8 @@ static int prefetch(struct uvas_record *record, size_t offset, size_t size, uvas
         return rc;
     }
     struct granules range = widened(record, offset, size);
-    struct uvas_errand move = {.kind = UVAS_ASK_MOVE, .mirror = record->mirror, .party = party ? party->member->party : UVAS_HOST, .write = true,
-                                .first = range.first, .end = range.end, .most = UINT32_MAX};
+    struct uvas_errand move = {.kind = UVAS_ASK_MOVE, .mirror = record->mirror, .party = party ? party->member->party : UVAS_HOST, .write = true, .advised = advised,
+                                .first = range.first, .end = range.end, .from = range.first, .most = UINT32_MAX};
     size_t bytes = (size_t)(range.end - range.first) << record->mirror->domain->shift;
     bool fits = !party || !party->member->capacity || bytes <= party->member->capacity;
     move.rc = fits ? 0 : -ENOSPC;
@@ -156,7 +156,7 @@ int uvas_prefetch(uvas_id reservation, size_t offset, size_t size, uvas_id devic
     }
     struct uvas_record *record = pin_record(reservation, offset, size, &rc);
     if (record) {
-        rc = prefetch(record, offset, size, device, out);
+        rc = prefetch(record, offset, size, device, true, out);
         unpin_record(record);
     }
     return rc;
@@ -331,7 +331,7 @@ int uvas_pin_host(uvas_id reservation, size_t offset, size_t size, struct uvas_p
         held->stretch = (struct uvas_stretch){.first = range.first, .end = range.end};
         struct uvas_errand pinning = {.kind = UVAS_ASK_PIN, .mirror = record->mirror, .stretch = &held->stretch};
         for (int tries = 0; rc == -EAGAIN && tries < PIN_TRIES; tries++) {
-            rc = prefetch(record, offset, size, 0, NULL);
+            rc = prefetch(record, offset, size, 0, false, NULL);
             rc = rc < 0 ? rc : uvas_ask(&pinning);
         }
         rc = rc == -EAGAIN ? uvas_fail_system(record->base + offset, size, "pinning: devices take it again and again", -EBUSY) : rc;

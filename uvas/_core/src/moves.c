@@ -125,6 +125,9 @@ static int put_back(uintptr_t to, uintptr_t from, size_t size) {
         if (put < 0 && put != -EAGAIN) {
             int there = present(from + done);
             put = there > 0 ? uvas_fault_copy(our.faults, to + done, (const void *)(from + done), page, false) : there < 0 ? there : (long)page;
+            if (there > 0 && put > 0) { /* a copy leaves its page here, where the next run's would go */
+                (void)uvas_vm_drop_surely(from + done, page);
+            }
         }
         if (put < 0 && tries++ == MOVE_TRIES) {
             return (int)put;
@@ -287,7 +290,7 @@ int uvas_copy_protected(int faults, uintptr_t to, const char *from, size_t size)
 /* Large copies are shared with the mate. */
 static int copy_in(const struct uvas_extent *run, uint32_t party, const char *from) {
     int faults = party == UVAS_HOST ? our.faults : member_of(run, party)->faults;
-    size_t size = uvas_extent_bytes(run), half = size < SHARED_COPY ? 0 : size / 2;
+    size_t size = uvas_extent_bytes(run), half = size < SHARED_COPY ? 0 : size / 2 & ~(uvas_vm_platform.page_size - 1);
     uintptr_t to = uvas_extent_base(run);
     if (half) {
         uvas_mate_copy(faults, to + size - half, from + size - half, half);
@@ -444,6 +447,20 @@ int uvas_move_drop(const struct uvas_extent *run, uint32_t party) {
     return rc;
 }
 
+/* The marks that a device's pages are broken give way to a copy only, which goes as soon as it is there. */
+static void forget_broken(const struct uvas_extent *run) {
+    uvas_mate_wait();
+    for (uint32_t party = 1; party < UVAS_PARTIES; party++) {
+        const struct uvas_store *store = &run->mirror->stores[party];
+        struct uvas_member *member = member_of(run, party);
+        if (store->alias && member && !member->dead) {
+            (void)uvas_copy_protected(member->faults, uvas_extent_base(run), staged(run), uvas_extent_bytes(run));
+            (void)uvas_vm_punch_surely(store->fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+        }
+    }
+    (void)uvas_vm_drop_surely((uintptr_t)staged(run), uvas_extent_bytes(run));
+}
+
 int uvas_move_discard(const struct uvas_extent *run) {
     uint32_t holders = uvas_holders(run->word), word = run->word;
     int rc = 0;
@@ -453,6 +470,9 @@ int uvas_move_discard(const struct uvas_extent *run) {
         word &= (holders >> party & 1) && punched == 0 ? ~(1u << party) : UINT32_MAX;
     }
     rc = rc < 0 ? rc : drop_host(run); /* and marks of what was lost */
+    if (rc == 0 && word & UVAS_LOST) {
+        forget_broken(run);
+    }
     if (rc == 0) {
         word = (word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED | UVAS_LOST)) | (run->mirror->armed ? 0u : UVAS_MODIFIED | 1u << UVAS_HOST);
     }
@@ -471,12 +491,23 @@ static int repair_host(struct uvas_extent *run) {
     return rc < 0 ? rc : unprotect(run, UVAS_HOST);
 }
 
+/* A mark of protection that outlived its page is in the way of the mark that the page is broken. */
+static int poison(const struct uvas_extent *run, uint32_t party, uintptr_t address) {
+    int faults = party == UVAS_HOST ? our.faults : member_of(run, party)->faults;
+    size_t page = uvas_vm_platform.page_size;
+    long rc = uvas_fault_poison(faults, address, page);
+    if (rc == -EEXIST) {
+        (void)uvas_fault_unprotect(faults, address, page);
+        rc = uvas_fault_poison(faults, address, page);
+    }
+    return rc < 0 && rc != -EEXIST && !gone(rc) ? (int)rc : 0;
+}
+
 int uvas_move_repair(struct uvas_mirror *mirror, uint32_t granule, uint32_t party, uintptr_t address) {
     struct uvas_extent run = uvas_extent_from(mirror, granule, 1);
     bool writable = (run.word & UVAS_MODIFIED) != 0;
     if (run.word & UVAS_LOST) {
-        long rc = uvas_fault_poison(party == UVAS_HOST ? our.faults : member_of(&run, party)->faults, address, uvas_vm_platform.page_size);
-        return rc < 0 && rc != -EEXIST && !gone(rc) ? (int)rc : 0;
+        return poison(&run, party, address);
     }
     if (party == UVAS_HOST) {
         return repair_host(&run);

@@ -285,7 +285,9 @@ struct uvas_errand { /* on the stack of who asks; the pager's until it is done *
     struct uvas_member *member;
     uint32_t party;
     bool write;
+    bool advised;        /* MOVE: advice may make it a copy */
     uint32_t first, end; /* granules; `first` goes forward with the work */
+    uint32_t from;       /* MOVE: where it was to begin: what it has brought is not pushed out by what comes after */
     uint32_t most;       /* granules at once; less after a refusal */
     uint32_t tries;
     struct uvas_stretch *stretch;

@@ -170,15 +170,18 @@ static bool stays(const struct uvas_member *member, const struct uvas_mirror *mi
     return inside(want, mirror, granule) || inside(keep, mirror, granule) || uvas_within(mirror->suspended, granule) || (spare && preferred);
 }
 
-/* The next granule to leave, out of its ring. false: none can. Each entry is looked at twice at most. */
-static bool choose(struct uvas_member *member, const struct uvas_extent *want, const struct uvas_extent *keep, struct uvas_mirror **mirror, uint32_t *granule) {
-    for (uint32_t looks = 2 * (member->probation.count + member->proven.count), all = looks; looks > 0; looks--) {
-        uint32_t granules = (uint32_t)(member->capacity >> member->domain->shift);
-        bool probation = member->probation.count > granules / PROBATION_SHARE || member->proven.count == 0;
-        struct uvas_ring *ring = probation && member->probation.count > 0 ? &member->probation : &member->proven;
-        if (ring->count == 0) {
-            return false;
-        }
+/* The ring whose turn it is: one that has entries which were not seen to stay. NULL: neither has. */
+static struct uvas_ring *turn_of(struct uvas_member *member, const uint32_t stayed[2]) {
+    bool first = member->probation.count > stayed[0], second = member->proven.count > stayed[1];
+    bool full = member->probation.count > (uint32_t)(member->capacity >> member->domain->shift) / PROBATION_SHARE;
+    return first && (full || !second) ? &member->probation : second ? &member->proven : NULL;
+}
+
+/* The next granule to leave, out of its ring; with `spare` what is preferred stays. false: none can. */
+static bool choose(struct uvas_member *member, const struct uvas_extent *want, const struct uvas_extent *keep, bool spare, struct uvas_mirror **mirror,
+                   uint32_t *granule) {
+    uint32_t stayed[2] = {0, 0};
+    for (struct uvas_ring *ring; (ring = turn_of(member, stayed)) != NULL;) {
         uint64_t entry = pop(ring);
         *mirror = mirror_of(member, entry);
         *granule = (uint32_t)entry;
@@ -190,8 +193,9 @@ static bool choose(struct uvas_member *member, const struct uvas_extent *want, c
             set_mark(*mirror, member->party, *granule, NONE);
         } else if (mark == AGAIN) {
             enqueue(member, &member->proven, *mirror, *granule);
-        } else if (stays(member, *mirror, *granule, want, keep, looks > all / 2)) {
+        } else if (stays(member, *mirror, *granule, want, keep, spare)) {
             enqueue(member, ring, *mirror, *granule);
+            stayed[ring == &member->proven]++;
         } else {
             if (ring == &member->probation) {
                 remember(member, *mirror, *granule);
@@ -247,7 +251,7 @@ int uvas_residency_room(struct uvas_member *member, const struct uvas_extent *ru
     while (atomic_load_explicit(&member->resident, memory_order_relaxed) + uvas_extent_bytes(run) > member->capacity) {
         struct uvas_mirror *mirror;
         uint32_t granule;
-        if (!choose(member, run, keep, &mirror, &granule)) {
+        if (!choose(member, run, keep, true, &mirror, &granule) && !choose(member, run, keep, false, &mirror, &granule)) {
             return -ENOMEM;
         }
         struct uvas_extent victims = gather(member, mirror, granule, run, keep);

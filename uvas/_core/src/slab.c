@@ -1,11 +1,10 @@
-/* slab.c: small blocks. A slab is a run of pages cut into blocks of one size; which of them are free is a bitmap apart from them, and a word that says
- * which words of it are not empty. The owner takes the lowest free block.
+/* slab.c: small blocks. A slab is a run of pages cut into blocks of one size, with a byte for each, apart from them, that says whether it is live, free,
+ * or freed by another thread than the owner; and a word that says which groups of them have free ones. The owner takes the lowest free blocks.
  *
- * Whoever else frees a block sets its bit in a second bitmap, and if nobody has yet (`pending`), pushes the slab onto its owner's stack. The owner
- * takes the whole stack, resets `pending` of each slab first, and then collects: a bit set after that pushes the slab again, so none is overlooked.
- * At every moment between a block's being freed and its being handed out again at least one of its two bits is set (the owner sets the one before it
- * clears the other, and who frees looks at the other first), which is how a second free of it is noticed. Of two frees at the same time one sees the
- * other's bit, or looks once more because the block has become free meanwhile.
+ * Whoever else frees a block marks it, by a compare-and-swap, so of two who do one is told; and if nobody has yet (`pending`), pushes the slab onto its
+ * owner's stack. The owner takes the whole stack, resets `pending` of each slab first, and then collects: a block marked after that pushes the slab again,
+ * so none is overlooked. From a block's being freed to its being handed out again its byte says so, which is how a second free of it is noticed. Only
+ * the owner needs no atomic operation: if another frees a block at the very moment at which the owner does, both succeed, and it is free once.
  *
  * A slab may end, and its piece of metadata become another slab, while it is still in some stack: whoever takes it off finds that it
  * is not his, and passes it on; who shuts the doors does not rely on it, and looks at every slab.
@@ -37,16 +36,16 @@ void uvas_classes_learn(void) {
 }
 
 /* Enough blocks that the arena is rarely asked, few enough that a class of which a thread needs one block costs little: 64 KiB, and at least 4. Up to
- * 4 KiB a block has 16 bytes of bookkeeping at most, 8 a page of which are the map's: that takes 48. */
+ * 4 KiB a block has 16 bytes of bookkeeping at most, 8 a page of which are the map's: that takes 56. */
 static size_t slab_bytes(size_t block_bytes) {
-    size_t least = block_bytes <= 4096 ? 48 : block_bytes <= 16384 ? 16 : block_bytes <= 65536 ? 8 : 4, bytes = least * block_bytes;
+    size_t least = block_bytes <= 4096 ? 56 : block_bytes <= 16384 ? 16 : block_bytes <= 65536 ? 8 : 4, bytes = least * block_bytes;
     bytes = bytes > (size_t)64 << 10 ? bytes : (size_t)64 << 10;
     return (bytes + uvas_page() - 1) & ~(uvas_page() - 1);
 }
 
 enum uvas_metadata_kind uvas_slab_kind(size_t count) {
     enum uvas_metadata_kind kind = UVAS_METADATA_SLAB;
-    while (((size_t)64 << (kind - UVAS_METADATA_SLAB)) < count) {
+    while ((UVAS_GROUP << (kind - UVAS_METADATA_SLAB)) < count) {
         kind++;
     }
     assert(kind < UVAS_METADATA_KINDS);
@@ -85,23 +84,61 @@ static void list_second(struct uvas_slab **list, struct uvas_slab *slab) {
     (*list)->next = slab;
 }
 
+/* ---- what a bin knows ----------------------------------------------------------------------------------------------------------------------- */
+
+struct uvas_slab *uvas_bin_slab(struct uvas_bin *bin) {
+    while (bin->free && !uvas_slab_has_room(bin->free)) {
+        struct uvas_slab *slab = bin->free;
+        uvas_slab_unlist(&bin->free, slab);
+        uvas_slab_list(&bin->full, slab);
+        slab->counts |= UVAS_SLAB_UNLISTED;
+    }
+    return bin->free;
+}
+
+void uvas_bin_learn(struct uvas_bin *bin, struct uvas_slab *slab) {
+    size_t count = atomic_load_explicit(&slab->run.count, memory_order_relaxed), left = count - (slab->counts & UVAS_SLAB_USED);
+    uintptr_t base = uvas_run_base(&slab->run), block = atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed);
+    assert(bin->knows == 0 && left > 0 && slab->summary);
+    bin->knows = left = left < UVAS_KNOWN ? left : UVAS_KNOWN;
+    while (left > 0) {
+        size_t group = (size_t)__builtin_ctzll(slab->summary), index = 0;
+        uint64_t free = uvas_slab_group(slab, group, UVAS_BLOCK_FREE);
+        for (; free && left > 0; free &= free - 1) {
+            index = group * UVAS_GROUP + (size_t)__builtin_ctzll(free);
+            bin->known[--left] = (struct uvas_known){base + index * block + (slab->clean && index >= slab->high), slab, index};
+        }
+        slab->summary &= free ? ~UINT64_C(0) : slab->summary - 1;
+        slab->high = index < slab->high ? slab->high : (uint32_t)index + 1;
+    }
+}
+
+void uvas_bin_forget(struct uvas_bin *bin) {
+    while (bin->knows > 0) {
+        const struct uvas_known *known = &bin->known[--bin->knows];
+        known->slab->summary |= UINT64_C(1) << known->index / UVAS_GROUP;
+    }
+}
+
 /* ---- beginning and end ----------------------------------------------------------------------------------------------------------------------- */
 
 static void lay_out(struct uvas_slab *slab, uint32_t class, size_t bytes, size_t count, bool touched) {
     size_t block_bytes = uvas_class_bytes(class);
     slab->class = class;
+    slab->run.bin_at = (uint32_t)(offsetof(struct uvas_heap, bins) + class * sizeof(struct uvas_bin));
     slab->counts = slab->high = 0;
     slab->clean = !touched;
     atomic_store_explicit(&slab->run.block_bytes, (uint32_t)block_bytes, memory_order_relaxed);
     atomic_store_explicit(&slab->run.count, (uint32_t)count, memory_order_relaxed);
     atomic_store_explicit(&slab->run.reciprocal, ((UINT64_C(1) << UVAS_RECIPROCAL_BITS) + block_bytes - 1) / block_bytes, memory_order_relaxed);
-    assert(bytes / block_bytes >= count && count <= 64 * (size_t)slab->run.words);
-    slab->summary = 0;
-    for (uint32_t word = 0; word < slab->run.words; word++) {
-        size_t first = 64 * (size_t)word, free = first >= count ? 0 : count - first < 64 ? count - first : 64;
-        atomic_store_explicit(&uvas_slab_free(slab)[word], free == 64 ? ~UINT64_C(0) : (UINT64_C(1) << free) - 1, memory_order_relaxed);
-        atomic_store_explicit(&uvas_slab_remote(slab)[word], 0, memory_order_relaxed);
-        slab->summary |= (uint64_t)(free > 0) << word;
+    assert(bytes / block_bytes >= count && count <= UVAS_GROUP * slab->run.groups);
+    size_t groups = (count + UVAS_GROUP - 1) / UVAS_GROUP;
+    slab->summary = ~UINT64_C(0) >> (64 - groups);
+    for (size_t i = 0; i < groups * UVAS_GROUP; i++) {
+        atomic_store_explicit(&slab->blocks[i], i < count ? UVAS_BLOCK_FREE : UVAS_BLOCK_LIVE, memory_order_relaxed);
+    }
+    for (size_t i = groups * UVAS_GROUP; i < slab->run.groups * UVAS_GROUP; i++) {
+        atomic_store_explicit(&slab->blocks[i], UVAS_BLOCK_LIVE, memory_order_relaxed);
     }
 }
 
@@ -113,9 +150,8 @@ int uvas_slab_make(struct uvas_arena *arena, uvas_id id, uint32_t class, enum uv
     if (!slab) {
         return -EAGAIN;
     }
-    if (slab->run.words == 0) { /* its first use: others may know it from the later ones */
-        slab->run.words = (uint16_t)(1u << (kind - UVAS_METADATA_SLAB));
-        slab->run.remote_at = (uint16_t)uvas_slab_remote_at(slab->run.words);
+    if (slab->run.groups == 0) { /* its first use: others may know it from the later ones */
+        slab->run.groups = 1u << (kind - UVAS_METADATA_SLAB);
     }
     slab->run.spare = uvas_metadata_take(UVAS_METADATA_RUN, wait);
     struct uvas_request request = {.arena = arena, .id = id, .asked = bytes, .bytes = bytes, .align = uvas_page(), .effort = effort, .slab = true};
@@ -138,22 +174,23 @@ int uvas_slab_make(struct uvas_arena *arena, uvas_id id, uint32_t class, enum uv
 
 void uvas_slab_adopt(struct uvas_heap *heap, struct uvas_slab *slab) {
     atomic_store_explicit(&slab->run.owner, heap, memory_order_release);
-    slab->listed = true;
+    slab->counts &= ~UVAS_SLAB_UNLISTED;
     uvas_slab_list(&heap->bins[slab->class].free, slab);
     atomic_store_explicit(&slab->run.state, UVAS_RUN_SLAB, memory_order_release);
 }
 
 void uvas_slab_count(struct uvas_arena *arena, struct uvas_slab *slab) {
-    uint64_t blocks = slab->counts / (UVAS_SLAB_USED + 1);
+    uint64_t blocks = slab->counts / UVAS_SLAB_EVER;
     arena->ended_blocks += blocks;
     arena->ended_bytes += blocks * uvas_class_bytes(slab->class);
-    slab->counts &= UVAS_SLAB_USED;
+    slab->counts %= UVAS_SLAB_EVER;
 }
 
 void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab) {
     assert((slab->counts & UVAS_SLAB_USED) == 0);
     uvas_slab_count(arena, slab);
     struct uvas_run *hole = slab->run.spare;
+    atomic_store_explicit(&slab->run.owner, &arena->orphans, memory_order_release); /* no thread's: so a heap that is the owner knows that it is a slab */
     (void)uvas_pages_give(arena, &slab->run, hole);
     uvas_metadata_give(uvas_slab_kind(atomic_load_explicit(&slab->run.count, memory_order_relaxed)), slab);
 }
@@ -161,13 +198,14 @@ void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab) {
 /* A block of it has come back: it is where blocks are taken from. true: it is empty, and not needed; it is in no list any more. */
 static bool relist(struct uvas_heap *heap, struct uvas_slab *slab) {
     struct uvas_bin *bin = &heap->bins[slab->class];
-    if (!slab->listed) {
+    if (slab->counts & UVAS_SLAB_UNLISTED) {
         uvas_slab_unlist(&bin->full, slab);
         list_second(&bin->free, slab);
-        slab->listed = true;
+        slab->counts &= ~UVAS_SLAB_UNLISTED;
     }
     if (!(slab->counts & UVAS_SLAB_USED) && (bin->free != slab || slab->next)) { /* an empty one is kept only where there is no other */
         uvas_slab_unlist(&bin->free, slab);
+        uvas_bin_forget(bin); /* some of them are in it, perhaps */
         return true;
     }
     return false;
@@ -192,42 +230,36 @@ static void push(struct uvas_heap *owner, struct uvas_slab *slab) {
 }
 
 void uvas_slab_notify(struct uvas_slab *slab) {
-    /* Sequentially consistent, as is the reset in `collect`: the bit set before and this look are in one order with the reset and the look at bits. */
+    /* Sequentially consistent, as is the reset in `collect`: the mark set before and this look are in one order with the reset and the look at marks. */
     if (atomic_load(&slab->run.pending) || atomic_exchange(&slab->run.pending, 1)) {
-        return; /* whoever takes it off its stack will see the bit */
+        return; /* whoever takes it off its stack will see the mark */
     }
     push(atomic_load_explicit(&slab->run.owner, memory_order_acquire), slab);
 }
 
-/* Takes in the bits of others. true: as relist. */
+/* Takes in what others freed. true: as relist. */
 static bool collect(struct uvas_heap *heap, struct uvas_slab *slab) {
-    bool any = false;
-    uint32_t collects = atomic_load_explicit(&slab->run.collects, memory_order_relaxed);
-    atomic_store(&slab->run.collects, collects + 1);
-    for (uint32_t word = 0; word < slab->run.words; word++) {
-        uint64_t bits = atomic_load(&uvas_slab_remote(slab)[word]);
-        if (!bits) {
-            continue;
+    uint64_t collected = 0;
+    for (size_t group = 0; group < slab->run.groups; group++) {
+        uint64_t freed = uvas_slab_group(slab, group, UVAS_BLOCK_FREED);
+        slab->summary |= (uint64_t)(freed != 0) << group;
+        for (; freed; freed &= freed - 1) {
+            _Atomic unsigned char *block = &slab->blocks[group * UVAS_GROUP + (size_t)__builtin_ctzll(freed)];
+            collected++;
+            (void)atomic_load_explicit(block, memory_order_acquire); /* all that was done with it comes before */
+            atomic_store_explicit(block, UVAS_BLOCK_FREE, memory_order_relaxed);
         }
-        uint64_t free = atomic_load_explicit(&uvas_slab_free(slab)[word], memory_order_relaxed), fresh = bits & ~free;
-        heap->late_frees += (uint64_t)__builtin_popcountll(bits & free);
-        atomic_store_explicit(&uvas_slab_free(slab)[word], free | bits, memory_order_relaxed);
-        (void)atomic_fetch_and(&uvas_slab_remote(slab)[word], ~bits); /* after the free bits are there: see above */
-        slab->counts -= (uint64_t)__builtin_popcountll(fresh);
-        slab->summary |= UINT64_C(1) << word;
-        any = true;
     }
-    atomic_store(&slab->run.collects, collects + 2);
-    return any && relist(heap, slab);
+    slab->counts -= collected;
+    return collected && relist(heap, slab);
 }
 
-static bool freed_by_others(struct uvas_slab *slab) {
-    for (uint32_t word = 0; word < slab->run.words; word++) {
-        if (atomic_load(&uvas_slab_remote(slab)[word])) {
-            return true;
-        }
+static bool freed_by_others(const struct uvas_slab *slab) {
+    size_t group = 0;
+    while (group < slab->run.groups && !uvas_slab_group(slab, group, UVAS_BLOCK_FREED)) {
+        group++;
     }
-    return false;
+    return group < slab->run.groups;
 }
 
 static void collect_all(struct uvas_heap *heap, bool locked) {

@@ -2,7 +2,7 @@
  *
  * Whole spans in holes are decommitted; where a span is in part in use, the pages of the holes are emptied, and by uvas_arena_trim also the pages of slabs
  * in which no block lives. What is being given back is taken out of circulation first (a hole is BUSY, a slab rests: nobody allocates from it, and
- * those who free only set bits), so no lock is held over a system call.
+ * those who free only mark), so no lock is held over a system call.
  */
 #include <errno.h>
 
@@ -153,12 +153,12 @@ static void end_rest(struct uvas_arena *arena) {
     arena->emptying = false;
 }
 
-/* Whether no block of a resting slab that lies in [from, to) of it lives. Its free bits are the caller's. */
+/* Whether no block of a resting slab that lies in [from, to) of it lives. Free ones stay free meanwhile. */
 static bool all_free(struct uvas_slab *slab, size_t from, size_t to) {
     size_t block = atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed), count = atomic_load_explicit(&slab->run.count, memory_order_relaxed);
     size_t index = from / block, end = (to - 1) / block + 1;
     for (end = end < count ? end : count; index < end; index++) {
-        if (!(atomic_load_explicit(&uvas_slab_free(slab)[index / 64], memory_order_relaxed) >> index % 64 & 1)) {
+        if (atomic_load_explicit(&slab->blocks[index], memory_order_relaxed) != UVAS_BLOCK_FREE) {
             return false;
         }
     }

@@ -1,0 +1,215 @@
+"""What a worker with memory of its own promises beside the contract of all devices.
+
+Its options, its granule, whose company it can live in, and what it says where the kernel does not let it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import on_device
+import pytest
+from machine import PAGE
+
+import uvas
+
+TESTS = str(Path(__file__).parents[1])
+KIB, MIB = 1 << 10, 1 << 20
+
+
+def private(**options) -> uvas.ProcessDevice:
+    return uvas.ProcessDevice(name="own", memory="private", **options)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_it_declares():
+    with private() as device, private(granule=2 * MIB, capacity=64 * MIB) as other:
+        assert device.info.placement == "claims"
+        assert "anonymous" in device.info.backings
+        assert device.info.granularity == 64 * KIB
+        assert device.info.details["memory"] == "private"
+        assert device.info.details["capacity"] is None
+        assert other.info.granularity == 2 * MIB
+        assert other.info.details["capacity"] == 64 * MIB
+
+
+@pytest.mark.parametrize("granule", [0, 1, PAGE - 1, PAGE + 1, 3 * PAGE, 2 * KIB, 4 * MIB, -PAGE])
+def test_a_granule_that_cannot_be(granule):
+    with pytest.raises(ValueError, match="granule"):
+        private(granule=granule)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, PAGE - 1])
+def test_a_capacity_that_cannot_be(capacity):
+    with pytest.raises(ValueError, match="capacity"):
+        private(capacity=capacity)
+
+
+@pytest.mark.parametrize("options", [{"granule": PAGE}, {"capacity": MIB}])
+def test_shared_memory_has_no_such_options(options):
+    with pytest.raises(ValueError, match="private"):
+        uvas.ProcessDevice(memory="shared", **options)
+
+
+# ---- the granule -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granule", [4 * KIB, 64 * KIB, 2 * MIB])
+def test_everything_is_a_multiple_of_the_granule(granule):
+    with private(granule=granule) as device, uvas.AddressSpace([device]) as space, space.reserve(3 * granule) as held:
+        assert held.base % granule == 0
+        with space.reserve(1) as small:
+            assert small.size == granule
+        held.commit()
+        if granule > PAGE:
+            for verb in (
+                lambda: held.decommit(0, PAGE),
+                lambda: held.decommit(PAGE, granule),
+                lambda: held.commit(0, granule + PAGE),
+                lambda: held.protect(PAGE, granule, "r"),
+            ):
+                with pytest.raises(ValueError, match=f"{granule:#x}"):
+                    verb()
+        held.decommit(granule, granule)
+        array = held.numpy("u8", granule // 8)
+        device.run(on_device.fill, array, 7)
+        assert (array == 7).all()
+        del array
+
+
+# ---- company ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_private_devices_of_a_space_have_one_granule():
+    with private(granule=4 * KIB) as one, uvas.ProcessDevice(name="other", memory="private", granule=8 * KIB) as two:
+        with uvas.AddressSpace([one]) as space:
+            with pytest.raises(uvas.NotSupportedError, match=r"own.*other|other.*own"):
+                space.attach(two)
+            assert space.devices == (one,)
+        with uvas.AddressSpace([two]) as space, space.reserve(PAGE) as held:
+            assert held.size == 8 * KIB
+
+
+def test_shared_and_private_memory_do_not_go_together():
+    with private() as one, uvas.ProcessDevice(name="shares") as two:
+        for first, second in ((one, two), (two, one)):
+            with uvas.AddressSpace([first]) as space:
+                with pytest.raises(uvas.NotSupportedError, match=r"own.*shares|shares.*own"):
+                    space.attach(second)
+                assert space.devices == (first,)
+
+
+def test_a_space_whose_memory_is_shared_is_not_for_it():
+    with private(granule=PAGE) as device:
+        with pytest.raises(uvas.NotSupportedError):
+            uvas.AddressSpace([device], backing="memfd")
+        with uvas.AddressSpace(backing="memfd") as space, space.reserve(PAGE) as held:
+            held.commit()
+            with pytest.raises(uvas.NotSupportedError):
+                space.attach(device)
+            assert space.devices == ()
+
+
+def test_one_device_in_two_spaces():
+    with (
+        private(granule=PAGE) as device,
+        uvas.AddressSpace([device], name="one") as one,
+        uvas.AddressSpace([device], name="two") as two,
+        one.reserve(4 * PAGE) as first,
+        two.reserve(4 * PAGE) as second,
+    ):
+        for held in (first, second):
+            held.commit()
+            array = held.numpy("u8", 4 * PAGE // 8)
+            device.run(on_device.fill, array, held.base)
+            assert (array == held.base).all()
+            del array
+
+
+def test_it_comes_to_a_space_with_memory_and_goes_again():
+    with private(granule=PAGE) as device, uvas.AddressSpace() as space, space.reserve(8 * PAGE) as held:
+        held.commit(0, 4 * PAGE)
+        array = held.numpy("u8", 4 * PAGE // 8)
+        array[:] = np.arange(len(array))
+        for _ in range(3):
+            space.attach(device)
+            assert device.run(on_device.total, array) == len(array) * (len(array) - 1) // 2
+            device.run(on_device.fill, array[:10], 5)
+            space.detach(device)
+            assert (array[:10] == 5).all()
+            array[:10] = np.arange(10)
+        del array
+
+
+# ---- where it may not ------------------------------------------------------------------------------------------------
+
+
+def elsewhere(*, user_mode: bool, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process that may not have all of userfaultfd."""
+    head = f"import sys; sys.path.append({TESTS!r}); import privileges; privileges.deny_userfaultfd({user_mode=})\n"
+    command = [sys.executable, "-c", head + textwrap.dedent(program)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=dict(os.environ))
+
+
+def test_without_the_privilege_it_says_what_would_help_and_shared_works():
+    done = elsewhere(
+        user_mode=False,
+        program="""
+        import uvas
+        try:
+            with uvas.ProcessDevice(memory="private") as device, uvas.AddressSpace([device]):
+                print("it was to be had")
+        except uvas.NotSupportedError as refusal:
+            print(refusal.remedy)
+        with uvas.ProcessDevice(memory="shared") as device:
+            print(device.run(abs, -3))
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    remedy, shared = done.stdout.splitlines()
+    assert "vm.unprivileged_userfaultfd" in remedy
+    assert "/dev/userfaultfd" in remedy
+    assert 'memory="shared"' in remedy
+    assert shared == "3"
+
+
+def test_in_user_mode_system_calls_need_the_memory_at_home():
+    """Code waits for pages; a system call would get EFAULT. It is said once, with the remedy."""
+    done = elsewhere(
+        user_mode=True,
+        program="""
+        import os, uvas, warnings
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with uvas.ProcessDevice(memory="private") as device, uvas.AddressSpace([device]) as space:
+                held = space.reserve(1 << 20)
+                held.commit()
+                array = held.numpy("u1")
+                array[:] = 7
+                space.prefetch(array, device)
+                reading, writing = os.pipe()
+                try:
+                    os.write(writing, memoryview(array)[:4096])
+                    print("written")
+                except OSError as refusal:
+                    print(refusal.errno)
+                with space.pin_host(array):
+                    print(os.write(writing, memoryview(array)[:4096]))
+                space.prefetch(array, device)
+                print(array.sum() == 7 << 20)  # code waits
+                del array
+                held.release()
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["14", "4096", "True"] * 2
+    said = [line for line in done.stderr.splitlines() if "pin_host" in line]
+    assert len(said) == 1, done.stderr
+    assert "vm.unprivileged_userfaultfd" in said[0]
