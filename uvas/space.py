@@ -259,7 +259,10 @@ class AddressSpace:
         attached = self.devices
         party = Party(device, attached, tuple(one for one in together if one is not device and one not in attached))
         cell = ffi.new("uvas_id *")
-        code = lib.uvas_attach(self._cell[0], party.description(), cell)
+        try:
+            code = lib.uvas_attach(self._cell[0], party.description(), cell)
+        finally:
+            party.attached()
         if code < 0:
             raise raise_answer(code)
         party.id = cell[0]
