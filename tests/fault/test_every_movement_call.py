@@ -181,6 +181,7 @@ def test_every_call_of_every_verb(devices: Devices, name: str, manner: str) -> N
                     assert wait([verb], PATIENCE_S).done, f"call {k}: it never ends"
                     made = calls_made()
                 if isinstance(verb.exception(), ERRORS):
+                    assert name != "pin_host" or not isinstance(verb.exception(), BufferError)
                     made = k
                 else:
                     verb.result()
