@@ -21,7 +21,7 @@ import uvas
 
 GRANULES = 24
 CAPACITY = 8
-MOST = 300 if os.environ.get("UVAS_FULL") == "1" else 25
+MOST = 300 if os.environ.get("UVAS_FULL") == "1" else 50
 
 parties = st.sampled_from([HOST, 0, 1])
 places = st.integers(0, GRANULES - 1)
@@ -171,7 +171,7 @@ class MirrorMachine(RuleBasedStateMachine):
         self.space.detach(self.devices[device])
         assert not any(1 in holders for holders in self._holders())  # there is only a first one now
         self.space.attach(self.devices[device])
-        type(self).devices = tuple(self.space.devices)  # the order of the bits of `where`
+        self.devices = tuple(self.space.devices)  # the order of the bits of `where`
         self.model.capacities = {i: CAPACITY for i, one in enumerate(self.devices) if one.info.name == "small"}
         for one in self.model.granules:
             if one is not None:

@@ -173,9 +173,9 @@ def test_capacity_counts_over_all_reservations(private) -> None:
 
 def test_a_prefetch_does_not_evict_what_it_has_just_brought(private) -> None:
     mirror = private(1, granule=SMALL, capacity=64 * SMALL)
-    old, new = mirror.commit(64, seed=1), mirror.commit(64, seed=2)
+    new, old = mirror.commit(64, seed=2), mirror.commit(32, seed=1)
+    mirror.migrate(uvas.Range(new.base, 32 * SMALL), 0)  # what came first would be the first to leave
     mirror.migrate(old, 0)
-    assert mirror.all_at(old, 0)
     mirror.migrate(new, 0)
     assert mirror.all_at(new, 0)  # all of it
     assert mirror.all_at(old, HOST)  # written back
