@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from machine import PAGE, libc, read_word, write_word
-from mirror import HOST, PATIENCE_S, Child, Mirror, in_thread, pages, parts, words
+from mirror import HOST, PATIENCE_S, Child, Mirror, in_thread, pages, parts, until, words
 
 import uvas
 
@@ -519,3 +520,38 @@ def test_half_of_a_range_on_a_device_goes(mirror: Mirror, start: int) -> None:
     held.commit()
     for i in range(start, start + 4):  # anew
         assert mirror.read(1, held.base + i * mirror.granule, mirror.granule) == bytes(mirror.granule)
+
+
+@pytest.mark.parametrize("way", ["detach", "fork", "death", "prefetch"])
+def test_memory_with_two_protections_comes_home(fresh, way: str) -> None:
+    """Beyond the rows: protection parts the host's mapping, and no call of the kernel's goes across."""
+    mirror = fresh(2, granule=4096)
+    held = mirror.commit(64, seed=None)
+    mirror.fill(0, held.base, held.size, 5)
+    for i in (1, 2, 7, 40):
+        held.protect(i * mirror.granule, mirror.granule, "r")
+    if way == "fork":
+        seen = Child(lambda: mirror_differences(held, 5)).answer()
+        assert seen == 0
+    elif way == "detach":
+        mirror.space.detach(mirror.devices[0])
+    elif way == "death":
+        os.kill(mirror.devices[0].pid, signal.SIGKILL)
+        until(lambda: mirror.holds(held, HOST).all() or not mirror.private, "what the dead held comes home")
+    else:
+        mirror.migrate(held, HOST)
+    assert mirror_differences(held, 5) == 0
+    assert mirror.differ(1, held.base, held.size, 5) == 0
+
+
+def test_memory_with_two_protections_is_evicted(private) -> None:
+    """As above, of what has to leave a device."""
+    mirror = private(1, granule=4096, capacity=64 * 4096)
+    held = mirror.commit(256, seed=1)
+    for i in range(3, 256, 5):
+        held.protect(i * mirror.granule, mirror.granule, "r")
+    for _ in range(2):
+        assert mirror.differ(0, held.base, held.size, 1) == 0
+    held.protect(0, held.size, "rw")
+    mirror.fill(0, held.base, held.size, 2)
+    assert mirror.differ(HOST, held.base, held.size, 2) == 0

@@ -276,13 +276,21 @@ static int map(const struct uvas_extent *run, uint32_t party, bool protected) {
     return 0;
 }
 
+/* No call goes across mappings, which protection may have parted: smaller ones then. */
 int uvas_copy_protected(int faults, uintptr_t to, const char *from, size_t size) {
+    size_t page = uvas_vm_platform.page_size, most = size;
     for (size_t done = 0; done < size;) {
-        long put = uvas_fault_copy(faults, to + done, from + done, size - done, true);
+        size_t part = size - done < most ? size - done : most;
+        long put = uvas_fault_copy(faults, to + done, from + done, part, true);
+        if (put == -ENOENT && part > page) {
+            most = part / 2 & ~(page - 1);
+            continue;
+        }
         if (put < 0 && put != -EEXIST && put != -EAGAIN) {
             return (int)put;
         }
-        done += put > 0 ? (size_t)put : put == -EEXIST ? uvas_vm_platform.page_size : 0;
+        most = put > 0 ? 2 * part : most;
+        done += put > 0 ? (size_t)put : put == -EEXIST ? page : 0;
     }
     return 0;
 }
