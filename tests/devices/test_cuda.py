@@ -393,8 +393,9 @@ def test_arenas_change_no_pages_that_a_driver_holds(plug, attributes):
     plug(*cards(attributes))
     with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space:
         for options in ({"guard": "large"}, {"node": 0}):
-            with pytest.raises(uvas.NotSupportedError, match="memory that a driver holds"):
-                uvas.Arena(space, **options).alloc(MIB)
+            with uvas.Arena(space, **options) as arena:
+                with pytest.raises(uvas.NotSupportedError, match="memory that a driver holds"):
+                    arena.alloc(MIB)
 
 
 def frames(base: int, count: int) -> list[int]:
