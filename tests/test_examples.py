@@ -136,7 +136,7 @@ def test_a_plate_in_two_halves() -> None:
     assert re.fullmatch(r"after 10 steps: +1{15}[1+][2+]2{15}", out[1])
     rows = re.search(r": (\d+\.\d) rows a step, of 128", out[2])
     assert rows, out
-    assert 1 <= float(rows[1]) <= 4  # one row each way, and what a write makes of a copy
+    assert 1 <= float(rows[1]) <= 16  # one row each way at least, and some that are sent ahead; not 128
     assert out[3].startswith("the same, to the bit, as the host alone: True")
 
 

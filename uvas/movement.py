@@ -58,6 +58,14 @@ class PageFlag(enum.IntFlag):
     PROTECTED = lib.UVAS_PAGE_PROTECTED
     """By `Reservation.protect`: no access."""
 
+    @classmethod
+    def _missing_(cls, value: object) -> PageFlag:
+        """Take a word of the array as it is."""
+        if isinstance(value, np.integer):
+            return cls(int(value))
+        flag: PageFlag = super()._missing_(value)
+        return flag
+
     @staticmethod
     def device(number: int) -> int:
         """Return the bit of the device that is `number`-th in `AddressSpace.devices`, from 1 on.

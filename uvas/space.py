@@ -254,7 +254,10 @@ class AddressSpace:
             raise ValueError(f"{device!r} is attached already")
         party = Party(device)
         cell = ffi.new("uvas_id *")
-        code = lib.uvas_attach(self._cell[0], party.description(), cell)
+        try:
+            code = lib.uvas_attach(self._cell[0], party.description(), cell)
+        finally:
+            party.attached()
         if code < 0:
             raise raise_answer(code)
         party.id = cell[0]

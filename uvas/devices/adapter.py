@@ -89,6 +89,7 @@ class Party:
         self.id = 0
         self.asked_beside_others = False
         """Two or more devices claim: one that cannot be started is asked on a thread. Written by the space."""
+        self._lent = -1
         self._pending: dict[int, Future[None] | BaseException | None] = {}
         self._handle = ffi.new_handle(self)
         self._name = ffi.new("char[]", self.info.name.encode())
@@ -110,6 +111,7 @@ class Party:
                 f"device {info.name} declares {info.placement!r} and {set(info.backings)}: uvas knows others"
             )
         lent: LentMemory | None = self.device.lend_memory() if info.memory == "private" else None  # type: ignore[attr-defined]
+        self._lent = lent.faults if lent else -1
         return ffi.new(
             "struct uvas_device *",
             {
@@ -133,6 +135,12 @@ class Party:
                 "granule": lent.granule if lent else 0,
             },
         )
+
+    def attached(self) -> None:
+        """Give back what was lent: the core has taken a duplicate, or does not want it."""
+        if self._lent >= 0:
+            os.close(self._lent)
+            self._lent = -1
 
     def start_claim(self, wanted: Range) -> None:
         """Let the device begin to claim, if it can or a thread can for it."""

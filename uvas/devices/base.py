@@ -75,7 +75,7 @@ class LentMemory:
     Parameters
     ----------
     faults
-        A userfaultfd made in the device's process by ``uvas_lend_faults``.
+        A userfaultfd made in the device's process by ``uvas_lend_faults``, for one attachment; whoever asked closes it.
     process
         A pidfd of it, or None: it never ends.
     capacity
@@ -102,7 +102,7 @@ class Device(Protocol):
     there. Devices without it are asked on threads, all at the same time.
 
     A device whose `info.memory` is "private" has a method ``lend_memory()`` that returns a `LentMemory`; it is called
-    when the device is attached, and its descriptors are duplicated. What `commit` gives such a device as the descriptor
+    when the device is attached. What `commit` gives such a device as the descriptor
     behind anonymous memory is the device's own memory, which its process maps shared.
 
     A device that moves pages by itself, as a GPU's driver does, may have ``prefetch(range, target)``, where the target
