@@ -293,3 +293,10 @@ def test_the_demo_shows_the_harm_from_wherever_it_is_started(tmp_path: Path) -> 
     outcome = json.loads(done.stdout)
     assert outcome["clobber_maps"] > 0
     assert not [death for death in outcome["clobber_deaths"] if death.startswith("exit code")]
+
+
+@pytest.mark.parametrize("name", ["cuda_list", "cuda_saxpy", "cuda_prefetch"])
+def test_cuda_examples_do_what_they_say_or_say_what_is_missing(name: str) -> None:
+    out = run(sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"))
+    done = {"cuda_list": "appended node 1001", "cuda_saxpy": "nothing copied", "cuda_prefetch": "through the card"}
+    assert done[name] in out or out.startswith("this example needs a CUDA GPU: "), out

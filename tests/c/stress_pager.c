@@ -19,14 +19,18 @@
 #define SECTOR 512u
 #define PAGE ((size_t)4096)
 
-static struct board {
+struct board {
     _Atomic uint64_t stop;
     struct {
         _Atomic uint64_t begun, done;
     } words[WORDS + SHARED_WORDS];
     _Atomic uint64_t reads, writes, additions;
-} *board;
+};
 _Static_assert(sizeof(struct board) <= WORKER_BOARD, "the board has room for it");
+
+static struct board *the_board(void) {
+    return (struct board *)(void *)worker_board;
+}
 
 static struct scene scene;
 
@@ -38,9 +42,9 @@ static _Atomic uint64_t *word_at(const struct order *order, uint32_t word) {
 }
 
 static bool reads(const struct order *order, uint32_t word) {
-    uint64_t least = atomic_load(&board->words[word].done);
+    uint64_t least = atomic_load(&the_board()->words[word].done);
     uint64_t seen = atomic_load_explicit(word_at(order, word), memory_order_acquire);
-    uint64_t most = atomic_load(&board->words[word].begun);
+    uint64_t most = atomic_load(&the_board()->words[word].begun);
     if (seen < least || seen > most) {
         fprintf(stderr, "word %u at %p of thread %u: %lu where %lu were done before and %lu begun after\n", word, (void *)word_at(order, word), word % THREADS,
                 seen, least, most);
@@ -49,23 +53,22 @@ static bool reads(const struct order *order, uint32_t word) {
 }
 
 static void writes(const struct order *order, uint32_t word) {
-    uint64_t next = atomic_fetch_add(&board->words[word].begun, 1) + 1;
+    uint64_t next = atomic_fetch_add(&the_board()->words[word].begun, 1) + 1;
     atomic_store_explicit(word_at(order, word), next, memory_order_release);
-    atomic_store(&board->words[word].done, next);
+    atomic_store(&the_board()->words[word].done, next);
 }
 
 static void adds(const struct order *order, uint32_t word) {
-    atomic_fetch_add(&board->words[word].begun, 1);
+    atomic_fetch_add(&the_board()->words[word].begun, 1);
     atomic_fetch_add_explicit(word_at(order, word), 1, memory_order_acq_rel);
-    atomic_fetch_add(&board->words[word].done, 1);
+    atomic_fetch_add(&the_board()->words[word].done, 1);
 }
 
 /* Until the board says stop. `value` is the thread's number, `count` the seed. Stays in one neighbourhood for a while. */
 static int works(const struct order *order, struct answer *answer) {
     uint64_t random = order->count * 1000 + order->value + 1, counts[3] = {0};
-    board = (struct board *)(void *)worker_board;
     uint32_t near = 0;
-    for (uint32_t i = 0; answer->rc == 0 && !atomic_load_explicit(&board->stop, memory_order_relaxed); i++) {
+    for (uint32_t i = 0; answer->rc == 0 && !atomic_load_explicit(&the_board()->stop, memory_order_relaxed); i++) {
         near = i % 64 == 0 ? (uint32_t)(next_random(&random) % WORDS) : near;
         uint32_t what = (uint32_t)(next_random(&random) % 16), word = (uint32_t)((near + next_random(&random) % 96) % WORDS);
         if (what < 9) {
@@ -79,9 +82,9 @@ static int works(const struct order *order, struct answer *answer) {
             counts[2]++;
         }
     }
-    atomic_fetch_add(&board->reads, counts[0]);
-    atomic_fetch_add(&board->writes, counts[1]);
-    atomic_fetch_add(&board->additions, counts[2]);
+    atomic_fetch_add(&the_board()->reads, counts[0]);
+    atomic_fetch_add(&the_board()->writes, counts[1]);
+    atomic_fetch_add(&the_board()->additions, counts[2]);
     return answer->rc;
 }
 
@@ -130,14 +133,14 @@ static void fork_some(void) {
     struct order all = work_of(0, 0);
     int status;
     for (uint32_t word = 0; word < WORDS; word++) {
-        done[word] = atomic_load(&board->words[word].done);
+        done[word] = atomic_load(&the_board()->words[word].done);
     }
     pid_t child = fork();
     if (child == 0) {
         uint32_t wrong = 0;
         for (uint32_t word = 0; word < WORDS; word++) {
             uint64_t seen = atomic_load(word_at(&all, word));
-            wrong += seen < done[word] || seen > atomic_load(&board->words[word].begun);
+            wrong += seen < done[word] || seen > atomic_load(&the_board()->words[word].begun);
         }
         _exit(wrong ? 1 : 0);
     }
@@ -198,7 +201,7 @@ static void disturb(double until, struct uvas_reservation *beside, uint64_t *ran
 static void all_words_are_right(void) {
     struct order all = work_of(0, 0);
     for (uint32_t word = 0; word < WORDS + SHARED_WORDS; word++) {
-        uint64_t done = atomic_load(&board->words[word].done), begun = atomic_load(&board->words[word].begun);
+        uint64_t done = atomic_load(&the_board()->words[word].done), begun = atomic_load(&the_board()->words[word].begun);
         CHECK(reads(&all, word) && begun - done <= WORKER_LINES);
         CHECK(begun == done || word >= WORDS || word % THREADS / WORKER_LINES == 1);
     }
@@ -210,7 +213,7 @@ static void round_of(size_t granule, uint32_t granules, double seconds, uint64_t
     struct uvas_reservation beside;
     double began = seconds_now();
     uint64_t random = seed;
-    memset(worker_board, 0, sizeof *board);
+    memset(worker_board, 0, sizeof(struct board));
     scene_open(&scene, granule, granules, CREW, granules / 2);
     CHECK_OK(uvas_reserve(scene.space, 4 * granule, NULL, &beside));
     for (uint32_t thread = 0; thread < THREADS; thread++) {
@@ -225,7 +228,7 @@ static void round_of(size_t granule, uint32_t granules, double seconds, uint64_t
     worker_kill(&crew[1]);
     disturb(began + seconds, &beside, &random);
     step("granules of 0x%zx: the end", granule);
-    atomic_store(&board->stop, 1);
+    atomic_store(&the_board()->stop, 1);
     for (uint32_t thread = 0; thread < THREADS; thread++) {
         if (thread < WORKER_LINES) {
             (void)pthread_join(threads[thread], NULL);
@@ -235,9 +238,9 @@ static void round_of(size_t granule, uint32_t granules, double seconds, uint64_t
     }
     all_words_are_right();
     struct uvas_traffic second = traffic_of(&scene, 2), host = traffic_of(&scene, 0);
-    CHECK(board->reads > 0 && board->writes > 0 && board->additions > 0 && second.bytes_in > 0 && host.bytes_in > 0);
-    printf("   granules of 0x%zx: %lu reads, %lu writes, %lu additions; the host got %lu MiB, the second %lu MiB and gave up %lu granules\n", granule, board->reads,
-           board->writes, board->additions, host.bytes_in >> 20, second.bytes_in >> 20, second.evictions);
+    CHECK(the_board()->reads > 0 && the_board()->writes > 0 && the_board()->additions > 0 && second.bytes_in > 0 && host.bytes_in > 0);
+    printf("   granules of 0x%zx: %lu reads, %lu writes, %lu additions; the host got %lu MiB, the second %lu MiB and gave up %lu granules\n", granule, the_board()->reads,
+           the_board()->writes, the_board()->additions, host.bytes_in >> 20, second.bytes_in >> 20, second.evictions);
     scene_close(&scene);
 }
 
@@ -245,7 +248,6 @@ int main(int count, char **arguments) {
     uint32_t features;
     worker_special = works;
     worker_main(count, arguments);
-    board = (struct board *)(void *)worker_board;
     if (uvas_private_memory(&features) == -ENOTSUP) {
         printf("skipped: %s; %s\n", uvas_last_failure()->text, uvas_last_failure()->remedy);
         return 0;

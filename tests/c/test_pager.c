@@ -394,5 +394,5 @@ int main(int count, char **arguments) {
         {"additions_are_exact", additions_are_exact},
         {"stores_across_two_granules_get_on", stores_across_two_granules_get_on},
     };
-    return run_tests(count, arguments, tests, sizeof tests / sizeof *tests);
+    return run_with_a_crew(count, arguments, tests, sizeof tests / sizeof *tests);
 }
