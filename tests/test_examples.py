@@ -12,8 +12,10 @@ from pathlib import Path
 import machine
 import opencl_in_tests
 import pytest
+from rich.console import Console
 
 import uvas
+from uvas.demo import moving
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -280,6 +282,18 @@ def test_the_demo_in_kernels_without_opencl_says_what_is_missing(tmp_path: Path)
     assert (done.returncode, done.stdout) == (1, "")
     assert "uvas[opencl]" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_moving_act_notices_wrong_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def _count(words, more):
+        words += 2  # here; the devices count as they should
+        return True
+
+    _count.__module__, _count.__qualname__ = moving.__name__, "_count"
+    monkeypatch.setattr(moving, "_count", _count)
+    assert not moving.show(Console(quiet=True)).right
+    monkeypatch.undo()
+    assert moving.show(Console(quiet=True)).right
 
 
 def test_the_demo_shows_the_harm_from_wherever_it_is_started(tmp_path: Path) -> None:

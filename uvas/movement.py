@@ -308,6 +308,8 @@ class PinnedHost(AbstractContextManager["PinnedHost"]):
         """Bring it home."""
         at = place(self._space, self._what)
         code = lib.uvas_pin_host(at.reservation, at.offset, at.range.size, self._pin)
+        if code == -EBUSY:
+            raise DeviceError("pin_host", code, "EBUSY", "the host", message=str(raise_answer(code)))
         if code < 0:
             raise raise_answer(code)
         return self

@@ -136,6 +136,7 @@ class ProcessDevice:
         DeviceLostError, ReleasedError
             As of `claim`.
         """
+        self._link.check("lend_faults")
         return LentMemory(self._link.borrow("lend_faults"), self._link.pidfd, self._capacity, self._granule)
 
     # ---- what a space asks -------------------------------------------------------------------------------------------
