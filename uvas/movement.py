@@ -58,6 +58,14 @@ class PageFlag(enum.IntFlag):
     PROTECTED = lib.UVAS_PAGE_PROTECTED
     """By `Reservation.protect`: no access."""
 
+    @classmethod
+    def _missing_(cls, value: object) -> PageFlag:
+        """Take a word of the array as it is."""
+        if isinstance(value, np.integer):
+            return cls(int(value))
+        flag: PageFlag = super()._missing_(value)
+        return flag
+
     @staticmethod
     def device(number: int) -> int:
         """Return the bit of the device that is `number`-th in `AddressSpace.devices`, from 1 on.
@@ -272,6 +280,8 @@ def _by_number(space: AddressSpace, core: npt.NDArray[np.uint32], pages: Range) 
         own = _mover(party, "where")
         if own is not None and (seen := own(pages)) is not None:
             words |= np.where(seen & 2, mine, np.uint32(0))
+            words &= np.where(seen & 3 == 2, ~np.uint32(PageFlag.HOST), np.uint32(0xFFFFFFFF))  # on the device only
+            words |= np.where(seen & 1, np.uint32(PageFlag.HOST), np.uint32(0))
         elif lib.uvas_page_bit(space.handle, party.id, bit) == 0 and bit[0]:
             words |= np.where(core & bit[0], mine, np.uint32(0))
         elif own is None:

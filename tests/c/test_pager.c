@@ -122,7 +122,7 @@ static void holes_are_zeros(void) {
     step("holes");
     for (uint32_t g = 0; g < 16; g += 2) { /* before anything is watched: one page of sixteen */
         uintptr_t at = address_of(&scene, g) + 5 * 4096;
-        must_do(0, &(struct order){.verb = STORE, .base = at, .value = g + 1});
+        (void)must_do(0, &(struct order){.verb = STORE, .base = at, .value = g + 1});
     }
     for (uint32_t g = 0; g < 16; g++) {
         for (uint32_t turn = 0; turn < PARTIES; turn++) {
@@ -349,7 +349,7 @@ static void additions_are_exact(void) {
                 worker_begin(&crew[party], line, &add);
             }
         }
-        must_do(0, &add);
+        (void)must_do(0, &add);
         for (uint32_t party = 1; party <= CREW; party++) {
             for (int line = 0; line < WORKER_LINES; line++) {
                 CHECK(worker_finish(&crew[party], line).rc == 0);
@@ -371,7 +371,7 @@ static void stores_across_two_granules_get_on(void) {
             worker_begin(&crew[party], line, &across);
         }
     }
-    must_do(0, &across);
+    (void)must_do(0, &across);
     for (uint32_t party = 1; party <= CREW; party++) {
         for (int line = 0; line < WORKER_LINES; line++) {
             CHECK(worker_finish(&crew[party], line).rc == 0);
@@ -394,5 +394,5 @@ int main(int count, char **arguments) {
         {"additions_are_exact", additions_are_exact},
         {"stores_across_two_granules_get_on", stores_across_two_granules_get_on},
     };
-    return run_tests(count, arguments, tests, sizeof tests / sizeof *tests, 120);
+    return run_with_a_crew(count, arguments, tests, sizeof tests / sizeof *tests);
 }

@@ -97,18 +97,19 @@ static inline void job_on_words(const struct order *order, struct answer *answer
     }
 }
 
+/* Relaxed: with another order ThreadSanitizer holds a lock of its own over an access that may end in job_signal. */
 static inline int job(const struct order *order, struct answer *answer) {
     uint64_t *word = (uint64_t *)order->base;
     switch (order->verb) {
     case LOAD:
-        answer->value = __atomic_load_n(word, __ATOMIC_ACQUIRE);
+        answer->value = __atomic_load_n(word, __ATOMIC_RELAXED);
         return 0;
     case STORE:
-        __atomic_store_n(word, order->value, __ATOMIC_RELEASE);
+        __atomic_store_n(word, order->value, __ATOMIC_RELAXED);
         return 0;
     case ADD:
         for (uint64_t i = 0; i < order->count; i++) {
-            (void)__atomic_fetch_add(word, 1, __ATOMIC_ACQ_REL);
+            (void)__atomic_fetch_add(word, 1, __ATOMIC_RELAXED);
         }
         return 0;
     case ACROSS: /* one store to two granules */
@@ -402,10 +403,9 @@ static inline struct uvas_device worker_device(struct worker *worker, size_t gra
                                 .granule = granule};
 }
 
+/* To a worker that has ended it says nothing: worker_finish does. */
 static inline void worker_begin(struct worker *worker, int line, const struct order *order) {
-    if (!line_send(worker->lines[line], order, sizeof *order, -1)) {
-        CHECK(worker->dead);
-    }
+    (void)line_send(worker->lines[line], order, sizeof *order, -1);
 }
 
 /* Whether the job has ended, or its worker, within so many milliseconds (-1: for ever). */

@@ -24,6 +24,7 @@ from protocol.directory import (
     Verb,
     Wish,
     can_ask,
+    members,
     party_name,
     transition,
     undo,
@@ -55,6 +56,7 @@ class Machine:
     reclaim: bool = False  # the kernel takes pages out of a device's page table
     commands: tuple[Wish, ...] = ()  # prefetches (READ, WRITE), evictions (LEAVE), DISCARD
     decommits: bool = False
+    forks: bool = False  # of the host's process; not together with decommits
     kernel_type: type[Kernel] = Kernel
 
     @cached_property
@@ -91,6 +93,8 @@ class Machine:
         yield from self.pager_goes_on(state) if state.plan else self.pager_turns(state)
         if self.decommits:
             yield from self.decommit_goes_on(state)
+        if self.forks and not state.plan:
+            yield from self.fork_goes_on(state)
         if self.commands and not state.plan:
             yield from self.told(state)
         yield from self.chance(state)
@@ -128,6 +132,8 @@ class Machine:
             if table == Table.DEAD:
                 yield Move(f"the pager learns that {party_name(party)} is dead", True, self.bury(state, party))
         for asked in state.known if answers else ():
+            if self.waits_for_fork(state, asked):
+                continue
             left = state._replace(known=state.known - {asked})
             todo = self.steps(state.entry, asked)
             plan = Plan(asked, todo.after, (), todo.steps) if todo.steps else None
@@ -247,6 +253,8 @@ class Machine:
 
     def is_closed(self, state: State) -> bool:
         """Whether the pager leaves the granule alone."""
+        if not self.decommits:
+            return False
         forgets = self.script.index(("forget", HOST))
         return forgets - 1 <= state.script <= forgets or self.script[state.script] == ("resume", HOST)
 
@@ -264,7 +272,7 @@ class Machine:
 
     def is_between(self, state: State) -> bool:
         """Whether no decommit and no commit is under way."""
-        return state.script in (0, self.script.index(("forget", HOST)) + 1)
+        return state.script == 0 or (self.decommits and state.script == self.script.index(("forget", HOST)) + 1)
 
     def unmap(self, state: State, party: int) -> State:
         """Map something else over a party's addresses. Its threads are woken, a device's at once."""
@@ -301,6 +309,31 @@ class Machine:
         for party in range(self.devices + 1):
             state = self.kernel.wake(state, party)
         return state
+
+    # ---- fork --------------------------------------------------------------------------------------------------------
+
+    def is_pausing(self, state: State) -> bool:
+        """Whether a fork is under way."""
+        return self.forks and state.script > 0
+
+    def waits_for_fork(self, state: State, asked: Request) -> bool:
+        """Whether a request is not answered until it is over."""
+        return self.is_pausing(state) and asked.asker != HOST
+
+    def fork_goes_on(self, state: State) -> Iterator[Move]:
+        """Pause, bring home what the host has no copy of, fork. The pager does all of it, between two transitions."""
+        comes_home = Request(HOST, Wish.READ)
+        if not self.is_pausing(state):
+            missing = frozenset({comes_home}) if self.is_missed(state.entry) else frozenset()
+            yield Move("a fork begins", False, state._replace(script=1, known=state.known | missing))
+        elif comes_home not in state.known:
+            child = state.memory[HOST] or state.zeros
+            promise(child == Data.FRESH, "the child of a fork does not read the last completed write")
+            yield Move("the process forks", True, state._replace(script=0))
+
+    def is_missed(self, entry: Entry) -> bool:
+        """Whether a child would miss it."""
+        return entry != NOWHERE and HOST not in members(entry.holders)
 
     # ---- what must hold ----------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from protocol.directory import HOST, NOWHERE, Entry, Step, Transition, Verb, Wish
+from protocol.directory import HOST, NOWHERE, Entry, Step, Transition, Verb, Wish, members
 from protocol.kernel import Kernel
 from protocol.machine import Machine, Move
 from protocol.state import Plan, Request, State, Table
@@ -15,6 +15,7 @@ Steps = tuple[Step, ...]
 UNSAFE = "somebody can write what another can read or write"
 ASLEEP = "this never comes to rest"
 OLD = "reads old data"
+CHILD = "the child of a fork does not read the last completed write"
 LOST = "the last completed write is nowhere"
 
 
@@ -146,6 +147,20 @@ class CommittedAsleep(Machine):
         return super().commit(state, party)._replace(threads=state.threads)
 
 
+class ServedInAFork(Machine):
+    """Devices go on taking what they ask for while a fork is prepared."""
+
+    def waits_for_fork(self, state: State, asked: Request) -> bool:
+        return False
+
+
+class SharersForgottenInAFork(Machine):
+    """Only what one device has alone comes home for a fork."""
+
+    def is_missed(self, entry: Entry) -> bool:
+        return super().is_missed(entry) and len(members(entry.holders)) == 1
+
+
 class LoserWrites(Machine):
     """A copy that could not be taken does not keep the asker from writing."""
 
@@ -233,5 +248,7 @@ MUTANTS = {
     "who waits where memory goes away is not woken": Mutant(ForgottenAsleep(1, decommits=True), ASLEEP),
     "who waits where memory stays after all is not woken": Mutant(ResumedAsleep(1, decommits=True), ASLEEP),
     "who waits where memory comes is not woken": Mutant(CommittedAsleep(1, decommits=True), ASLEEP),
+    "devices are served in a fork": Mutant(ServedInAFork(1, forks=True), CHILD),
+    "what devices share does not come home for a fork": Mutant(SharersForgottenInAFork(2, forks=True), CHILD),
     "holes of the device's file fill themselves": Mutant(Machine(1, kernel_type=HolesFilled), "not charged for"),
 }

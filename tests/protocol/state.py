@@ -84,7 +84,7 @@ class State(NamedTuple):
     threads: tuple[Thread, ...]
     known: frozenset[Request]
     plan: Plan | None
-    script: int  # how far a decommit has come, and the commit after it
+    script: int  # how far a decommit has come, and the commit after it; or a fork
 
     def with_table(self, party: int, table: Table) -> State:
         """Change one page table."""

@@ -22,12 +22,14 @@ TWO = {
     "evictions, discards, failures": Machine(1, commands=EVICTIONS + DISCARDS, failures=True),
     "prefetches, reclaim": Machine(1, commands=PREFETCHES, reclaim=True),
     "decommits, deaths, failures": Machine(1, decommits=True, deaths=True, failures=True),
+    "forks, deaths, failures": Machine(1, forks=True, deaths=True, failures=True),
 }
 THREE = {
     "deaths, failures": Machine(2, deaths=True, failures=True),
     "discards, failures": Machine(2, commands=DISCARDS, failures=True),
     "evictions": Machine(2, commands=EVICTIONS),
     "decommits": Machine(2, decommits=True),
+    "forks": Machine(2, forks=True),
 }
 FULL = {
     "writes in flight": Machine(2, writes_in_flight=True, deaths=True),

@@ -55,7 +55,6 @@ class Link:
         self._started = False
         self._hello: BaseException | None = None
         self._complaints = ""
-        self._borrowed: list[int] = []
         self._ended = threading.Event()
         with contextlib.ExitStack() as on_failure:
             self._launched = launch(self.name)
@@ -115,12 +114,11 @@ class Link:
         return self._pidfd
 
     def borrow(self, verb: str) -> int:
-        """Ask for a descriptor, which comes by a line of its own; it is this link's, and closed with it."""
+        """Ask for a descriptor, which comes by a line of its own, and is the caller's."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self.collect(verb, self.send(verb, descriptor=theirs.fileno()))
             _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
-        self._borrowed += descriptors
         return descriptors[0]
 
     def submit(self, call: Call) -> None:
@@ -210,8 +208,6 @@ class Link:
 
     def _close_others(self) -> None:
         os.close(self._launched.stderr)
-        for descriptor in self._borrowed:
-            os.close(descriptor)
         if self._pidfd is not None:
             os.close(self._pidfd)
 

@@ -67,7 +67,7 @@ class ProcessDevice:
         ``shared``: host and worker map the same pages. ``private``: the worker has memory of its own, and a granule of
         memory moves to whoever touches it, on a fault or ahead of time (`AddressSpace.prefetch`).
     capacity
-        With private memory: bytes that the worker holds, at most; None: as many as there is memory for.
+        With private memory: bytes that the worker holds of one space, at most; None: as many as there is memory for.
     granule
         With private memory: bytes that move at once, a power of two from 4 KiB to 2 MiB. The same for all private
         devices of a space.
@@ -115,7 +115,6 @@ class ProcessDevice:
             if memory == "private"
             else {"pid": self._link.pid},
         )
-        self._faults: int | None = None
 
     @property
     def pid(self) -> int:
@@ -128,7 +127,7 @@ class ProcessDevice:
         return self._info
 
     def lend_memory(self) -> LentMemory:
-        """Return what the pager needs to serve the worker's faults. Only with private memory.
+        """Return what the pager needs to serve the worker's faults: for each space a descriptor of its own.
 
         Raises
         ------
@@ -137,9 +136,7 @@ class ProcessDevice:
         DeviceLostError, ReleasedError
             As of `claim`.
         """
-        if self._faults is None:
-            self._faults = self._link.borrow("lend_faults")
-        return LentMemory(self._faults, self._link.pidfd, self._capacity, self._granule)
+        return LentMemory(self._link.borrow("lend_faults"), self._link.pidfd, self._capacity, self._granule)
 
     # ---- what a space asks -------------------------------------------------------------------------------------------
 

@@ -298,7 +298,7 @@ static int bring_part_home(struct uvas_member *member, struct uvas_mirror *mirro
         int rc = has ? bring_run_home(member, &run, leaves) : 0;
         *first += run.count;
         *bytes += has ? uvas_extent_bytes(&run) : 0;
-        if (rc < 0 && rc != -EIO) {
+        if (rc < 0 && uvas_granule_word(&mirror->directory[run.first]) >> member->party & 1) { /* otherwise it is lost, and is told so */
             return rc;
         }
     }

@@ -81,14 +81,14 @@ _Static_assert(sizeof(struct procmap_query_abi) == 104, "the kernel's layout");
 
 struct uvas_platform uvas_vm_platform;
 
-/* ---- the fault knob: written by tests between operations, read by every call -------------------------------------------------- */
+/* ---- the fault knob: written by tests, read by every call of every thread -------------------------------------------------- */
 
 static struct {
     _Atomic uint32_t armed;    /* 0: `gate` costs one branch. Relaxed: tests order their threads themselves */
     _Atomic uint64_t countdown; /* calls left until the first failure; any thread decrements */
     _Atomic uint64_t calls;
-    int32_t error;    /* written before `armed` is released */
-    uint32_t lasting;
+    _Atomic int32_t error;
+    _Atomic uint32_t lasting;
 } knob;
 
 /* The kernel that is imitated and what it lacks: written by uvas_test_kernel while no reservation lives, read by every call, relaxed. */
@@ -97,8 +97,8 @@ static _Atomic uint32_t lacking;
 
 void uvas_test_fail(uint64_t k, int32_t error, uint32_t lasting) {
     atomic_store_explicit(&knob.armed, 0, memory_order_seq_cst);
-    knob.error = error;
-    knob.lasting = lasting;
+    atomic_store(&knob.error, error);
+    atomic_store(&knob.lasting, lasting);
     atomic_store(&knob.countdown, k);
     atomic_store(&knob.calls, 0);
     atomic_store_explicit(&knob.armed, 1, memory_order_seq_cst);
@@ -112,9 +112,9 @@ static int gate_armed(void) {
     atomic_fetch_add(&knob.calls, 1);
     uint64_t left = atomic_load(&knob.countdown);
     while (left != 0) { /* 0: nothing to fail */
-        uint64_t next = left > 1 ? left - 1 : (knob.lasting ? 1 : 0);
+        uint64_t next = left > 1 ? left - 1 : (atomic_load(&knob.lasting) ? 1 : 0);
         if (atomic_compare_exchange_weak(&knob.countdown, &left, next)) {
-            return left == 1 ? knob.error : 0;
+            return left == 1 ? atomic_load(&knob.error) : 0;
         }
     }
     return 0;
@@ -298,6 +298,10 @@ int uvas_vm_guard(uintptr_t base, size_t size) {
 
 int uvas_vm_unguard(uintptr_t base, size_t size) {
     GATED(syscall(SYS_madvise, base, size, GUARD_REMOVE));
+}
+
+int uvas_vm_inherit(uintptr_t base, size_t size, bool inherited) {
+    GATED(syscall(SYS_madvise, base, size, inherited ? MADV_DOFORK : MADV_DONTFORK));
 }
 
 int uvas_vm_populate(uintptr_t base, size_t size, uint32_t protection) {
