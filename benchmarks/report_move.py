@@ -26,13 +26,15 @@ GRANULES = {4 << 10: "4 KiB", 64 << 10: "64 KiB", 2 << 20: "2 MiB"}
 def line(one: dict[str, Any]) -> str:
     """Return one comparison in Markdown."""
     shown = _speed if one["about"].startswith(PER_MIB) else _time_a_mib if "processor" in one["about"] else _time
-    ratios = [one["ratio"], one["low"], one["high"]]
-    few = 3 if ratios[0] < 0.1 else 2
-    middle, low, high = (f"{value:.{few}f}" for value in ratios)
+    middle, low, high = (_ratio(one[name]) for name in ("ratio", "low", "high"))
     return (
         f"| {one['about']} | {shown(one['ours_ns'])} | {one['peer']} | {shown(one['peer_ns'])} "
         f"| {middle} ({low} to {high}) |"
     )
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"1 / {1 / value:,.0f}"
 
 
 def _speed(ns_a_mib: float) -> str:
