@@ -360,6 +360,27 @@ static void additions_are_exact(void) {
     }
 }
 
+/* However many want it, a granule stays where it came for the time that its size is worth: a microsecond for each KiB. */
+static void grants_are_kept(void) {
+    struct scene scene;
+    scene_open(&scene, 2 * MIB, 2, CREW, 0);
+    put(&scene, 0, 1);
+    step("all want a large granule");
+    struct order add = {.verb = ADD, .base = address_of(&scene, 1), .count = 3000000};
+    uint64_t moves = 0;
+    double began = seconds_now();
+    worker_begin(&crew[1], 0, &add);
+    worker_begin(&crew[2], 0, &add);
+    (void)must_do(0, &add);
+    CHECK(worker_finish(&crew[1], 0).rc == 0 && worker_finish(&crew[2], 0).rc == 0);
+    double spent_us = (seconds_now() - began) * 1e6;
+    for (uint32_t party = 0; party < PARTIES; party++) {
+        moves += traffic_of(&scene, party).bytes_in / scene.granule;
+    }
+    CHECK(moves > 2 && (double)(moves - 1) * (double)(scene.granule / KIB) <= spent_us);
+    scene_close(&scene);
+}
+
 /* Stores across the border of two granules, by all at once: each needs both, and everybody gets on. */
 static void stores_across_two_granules_get_on(void) {
     struct scene scene;
@@ -392,6 +413,7 @@ int main(int count, char **arguments) {
         {"who_wants_what_is_pinned_waits", who_wants_what_is_pinned_waits},
         {"what_the_kernel_pins_stays", what_the_kernel_pins_stays},
         {"additions_are_exact", additions_are_exact},
+        {"grants_are_kept", grants_are_kept},
         {"stores_across_two_granules_get_on", stores_across_two_granules_get_on},
     };
     return run_tests(count, arguments, tests, sizeof tests / sizeof *tests);
