@@ -381,23 +381,28 @@ static void grants_are_kept(void) {
     scene_close(&scene);
 }
 
-/* Stores across the border of two granules, by all at once: each needs both, and everybody gets on. */
-static void stores_across_two_granules_get_on(void) {
-    struct scene scene;
-    scene_open(&scene, 4 * KIB, 4, CREW, 0);
-    step("stores across two granules");
-    struct order across = {.verb = ACROSS, .base = address_of(&scene, 2) - 4, .count = 300, .value = UINT64_C(0x0000000100000001)};
+static void all_at_once(const struct order *order) {
     for (uint32_t party = 1; party <= CREW; party++) {
         for (int line = 0; line < WORKER_LINES; line++) {
-            worker_begin(&crew[party], line, &across);
+            worker_begin(&crew[party], line, order);
         }
     }
-    (void)must_do(0, &across);
+    (void)must_do(0, order);
     for (uint32_t party = 1; party <= CREW; party++) {
         for (int line = 0; line < WORKER_LINES; line++) {
             CHECK(worker_finish(&crew[party], line).rc == 0);
         }
     }
+}
+
+/* Instructions that need two granules, by all at once: everybody gets on. */
+static void who_needs_two_granules_gets_on(void) {
+    struct scene scene;
+    scene_open(&scene, 4 * KIB, 64, CREW, 0);
+    step("stores across the border of two granules");
+    all_at_once(&(struct order){.verb = ACROSS, .base = address_of(&scene, 2) - 4, .count = 1000000, .value = UINT64_C(0x0000000100000001)});
+    step("words copied between two granules");
+    all_at_once(&(struct order){.verb = COPY_WORD, .base = address_of(&scene, 7), .size = 40 * scene.granule, .count = 1000000});
     scene_close(&scene);
 }
 
@@ -414,7 +419,7 @@ int main(int count, char **arguments) {
         {"what_the_kernel_pins_stays", what_the_kernel_pins_stays},
         {"additions_are_exact", additions_are_exact},
         {"grants_are_kept", grants_are_kept},
-        {"stores_across_two_granules_get_on", stores_across_two_granules_get_on},
+        {"who_needs_two_granules_gets_on", who_needs_two_granules_gets_on},
     };
     return run_tests(count, arguments, tests, sizeof tests / sizeof *tests);
 }
