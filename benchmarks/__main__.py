@@ -8,6 +8,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-for name in ("reserve", "find", "devices", "opencl", "threads", "alloc", "alloc_python"):
+for name in ("reserve", "find", "devices", "opencl", "threads", "alloc", "alloc_python", "move", "ship", "contend"):
     subprocess.run([sys.executable, HERE / f"{name}.py", *sys.argv[1:]], check=True)
 subprocess.run([sys.executable, HERE / "report.py"], check=True)

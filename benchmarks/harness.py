@@ -27,7 +27,20 @@ from typing import Any
 
 import uvas
 
-__all__ = ["RESULTS", "Row", "Sample", "built", "load", "programs_output", "rows_of", "sample", "write"]
+__all__ = [
+    "RESULTS",
+    "Ratio",
+    "Row",
+    "Sample",
+    "built",
+    "library",
+    "load",
+    "programs_output",
+    "ratio",
+    "rows_of",
+    "sample",
+    "write",
+]
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -82,6 +95,39 @@ def _spread(times: list[float]) -> tuple[float, float, float]:
     return round(middle, 2), round(low, 2), round(high, 2)
 
 
+Kind = tuple[str, str, int]
+"""``(id, what, parameter)`` of a sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Ours over a peer's, round by round: quick and slow seconds of the machine fall on both."""
+
+    about: str
+    ours_ns: float
+    peer: str
+    peer_ns: float
+    ratio: float
+    low: float
+    high: float
+
+
+def ratio(samples: Iterable[Sample], about: str, ours: Kind, peers: Iterable[Kind]) -> Ratio | None:
+    """Compare with the peer that needs least, or return None where one side was not measured.
+
+    Both have been measured once in each round, or equally often.
+    """
+    kinds: dict[Kind, list[float]] = {}
+    for one in samples:
+        kinds.setdefault((one.id, one.what, one.parameter), []).append(one.ns)
+    measured = [peer for peer in peers if peer in kinds]
+    if ours not in kinds or not measured:
+        return None
+    best = min(measured, key=lambda peer: statistics.median(kinds[peer]))
+    middle, low, high = _spread([a / b for a, b in zip(kinds[ours], kinds[best], strict=True)])
+    return Ratio(about, statistics.median(kinds[ours]), best[1], statistics.median(kinds[best]), middle, low, high)
+
+
 def sample(id: str, what: str, function: Callable[[int], object], count: int, parameter: int = 1) -> Sample:
     """Time ``function(count)``, which does its work `count` times."""
     began = time.perf_counter_ns()
@@ -103,22 +149,38 @@ def built(source: str, *, with_core: bool = False) -> Iterator[Path]:
     with_core
         Link the core's own sources, for what lies behind ``uvas.h``, instead of the library that Python uses.
     """
-    library = Path(uvas.get_library())
-    linked = [*map(str, CORE.glob("*.c"))] if with_core else [str(library), f"-Wl,-rpath,{library.parent}"]
+    core = Path(uvas.get_library())
+    linked = [*map(str, CORE.glob("*.c"))] if with_core else [str(core), f"-Wl,-rpath,{core.parent}"]
     with tempfile.TemporaryDirectory() as directory:
-        program = Path(directory) / Path(source).stem
-        subprocess.run(
-            [os.environ.get("CC", "gcc"), "-std=c11", "-O2", "-Wall", "-Wextra", f"-I{HERE / 'c'}",
-             f"-I{uvas.get_include()}", f"-I{CORE}", str(HERE / "c" / source), *linked, "-pthread", "-ldl",
-             "-o", str(program)],
-            check=True,
-        )  # fmt: skip
-        yield program
+        yield _compiled(source, Path(directory) / Path(source).stem, *linked)
 
 
-def programs_output(*command: object) -> list[Sample]:
-    """Run a C benchmark and return the samples that it prints, one JSON object a line."""
-    done = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True)
+@contextmanager
+def library(source: str) -> Iterator[Path]:
+    """Compile ``benchmarks/c/SOURCE`` into a shared library, for `uvas.CFunction`."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / f"{Path(source).stem}.so"
+        yield _compiled(source, path, "-shared", "-fPIC", "-fvisibility=hidden")
+
+
+def _compiled(source: str, to: Path, *more: str) -> Path:
+    subprocess.run(
+        [os.environ.get("CC", "gcc"), "-std=c11", "-O2", "-Wall", "-Wextra", f"-I{HERE / 'c'}",
+         f"-I{uvas.get_include()}", f"-I{CORE}", str(HERE / "c" / source), *more, "-pthread", "-ldl", "-o", str(to)],
+        check=True,
+    )  # fmt: skip
+    return to
+
+
+def programs_output(*command: object, **environment: object) -> list[Sample]:
+    """Run a C benchmark, with more in its environment, and return the samples that it prints: JSON, one a line."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {name: str(value) for name, value in environment.items()},
+    )
     return [Sample(one["id"], one["what"], one["parameter"], one["ns"]) for one in _lines(done.stdout)]
 
 
@@ -181,6 +243,7 @@ def _versions() -> dict[str, str]:
         "umf",
         "pyopencl",
         "pocl-binary-distribution",
+        "ray",
     )
     present = {one.metadata["Name"].lower(): one.version for one in importlib.metadata.distributions()}
     versions = {name: present[name] for name in packages if name in present}

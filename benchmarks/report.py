@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 import report_alloc
+import report_move
 from harness import RESULTS, Row, load
 from matplotlib import pyplot
 
@@ -162,6 +163,7 @@ def main() -> None:
     README.write_text(before + BEGIN + "\n".join(table) + "\n" + END + after)
     draw()
     report_alloc.main()
+    report_move.main()
 
 
 if __name__ == "__main__":

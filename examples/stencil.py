@@ -1,10 +1,11 @@
-"""Heat on a plate, in two halves that live on two devices: only the rows where they meet move.
+"""Heat on a plate, in two halves that live on two devices: only rows near where they meet move.
 
 Each step every point becomes the mean of its four neighbours. Two arrays take turns as the old and the new plate. The
 devices compute at the same time, each its half, into memory of its own; for the row beside its half it reads the other
 one's. Nobody sends anything: the row is touched, and its pages come.
 
-A row is one page here, and so is a granule, the unit that moves: that is what makes the traffic exact.
+A row is one page here, and so is a granule, the unit that moves. Who reads rows in order is sent a few more ahead, so
+that the other half's first rows travel as well.
 
     python stencil.py [STEPS] [ROWS]
 """

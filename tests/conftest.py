@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import mirror
 import pytest
+from cuda_evidence import Evidence
 from machine import mappings
 
 import uvas
@@ -27,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = tempfile.mkdtemp(prefix="uvas-opencl-")
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     os.environ.update(POCL_CACHE_DIR=cache, PYOPENCL_NO_CACHE="1")
+    if config.option.markexpr == "cuda":
+        config.pluginmanager.register(Evidence())
 
 
 def pytest_report_header() -> str:

@@ -51,9 +51,13 @@ from uvas.space import AddressSpace, find
 
 if TYPE_CHECKING:
     from uvas.devices.cfunction import CFunction
+    from uvas.devices.cuda.device import CudaDevice
     from uvas.devices.opencl.device import OpenCLDevice
     from uvas.devices.process import ProcessDevice
     from uvas.devices.transport import by_value
+    from uvas.interop.cupy import ascupy, asnumpy, host_access
+    from uvas.interop.cupy_allocator import cupy_allocator
+    from uvas.interop.dlpack import dlpack
 
 __all__ = [
     "AddressInUseError",
@@ -66,6 +70,7 @@ __all__ = [
     "ArenaStats",
     "Backing",
     "CFunction",
+    "CudaDevice",
     "Device",
     "DeviceError",
     "DeviceInfo",
@@ -91,15 +96,20 @@ __all__ = [
     "allocation_of",
     "array",
     "asarray",
+    "ascupy",
+    "asnumpy",
     "by_value",
     "configure",
+    "cupy_allocator",
     "default_arena",
+    "dlpack",
     "empty",
     "empty_like",
     "find",
     "full",
     "get_include",
     "get_library",
+    "host_access",
     "is_unified",
     "numpy_allocator",
     "ones",
@@ -111,9 +121,15 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "CFunction": "uvas.devices.cfunction",
+    "CudaDevice": "uvas.devices.cuda.device",
     "OpenCLDevice": "uvas.devices.opencl.device",
     "ProcessDevice": "uvas.devices.process",
+    "ascupy": "uvas.interop.cupy",
+    "asnumpy": "uvas.interop.cupy",
     "by_value": "uvas.devices.transport",
+    "cupy_allocator": "uvas.interop.cupy_allocator",
+    "dlpack": "uvas.interop.dlpack",
+    "host_access": "uvas.interop.cupy",
 }  # what needs multiprocessing and concurrent.futures is imported when it is asked for
 
 

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import numpy as np
 import numpy.typing as npt
 
+from uvas import ordered
 from uvas._core import allocation as core
 from uvas._core._allocation import Allocation as Allocation
 from uvas.devices.adapter import raise_answer
 from uvas.errors import ReleasedError
+from uvas.interop.view import card_of, cupy_view
+from uvas.leases import find
 from uvas.ranges import Range
-from uvas.reservation import as_elements, as_size
+from uvas.reservation import Reservation, as_elements, as_size
 
 if TYPE_CHECKING:
     from uvas.arena import Arena
@@ -77,6 +80,68 @@ class _Methods(Allocation if TYPE_CHECKING else object):  # type: ignore[misc]  
         start = as_size("offset", offset)
         kind, dimensions, size = as_elements(dtype, shape, start, self.size)
         return np.ndarray(dimensions, kind, buffer=np.asarray(core.Hold(self, start, size)))
+
+    def cupy(self, dtype: npt.DTypeLike, shape: int | Iterable[int] | None = None, *, offset: int = 0) -> Any:
+        """Return a CuPy array over the memory itself; the block stays as long as any view of it lives.
+
+        Parameters
+        ----------
+        dtype, shape, offset
+            As of `numpy`.
+
+        Returns
+        -------
+        cupy.ndarray
+            In C order. Of bare addresses too, where memory has been committed behind them.
+
+        Raises
+        ------
+        ValueError
+            It does not fit, no CUDA device of the space sees it, or nothing is committed behind bare addresses.
+        TypeError
+            The elements hold Python objects.
+        NotSupportedError
+            CuPy is not installed.
+        ReleasedError
+            It has been freed, or was left by ``with``.
+        """
+        start = as_size("offset", offset)
+        kind, dimensions, size = as_elements(dtype, shape, start, self.size)
+        hold = core.Hold(self, start, size)
+        held = find(self.base)
+        card = card_of(held.space.devices if held is not None else (), f"{self!r}")
+        keeper: object = hold
+        arena = self.arena
+        if isinstance(held, Reservation) and (arena is None or arena.backing == "none"):
+            keeper = hold, held._lease(self.base + start - held.base, size, f"CuPy array in {self!r}", by_host=False)
+        return cupy_view(self.base + start, size, self.base + start, kind, dimensions, None, keeper, card)
+
+    def used_on(self, stream: object) -> None:
+        """Note that a CUDA stream uses it: when it is freed, however, what that stream has queued by then runs first.
+
+        Parameters
+        ----------
+        stream
+            A CuPy stream, anything with ``__cuda_stream__``, or the driver's number of one.
+
+        Raises
+        ------
+        NotSupportedError
+            No CUDA device of the space sees it.
+        TypeError
+            It is no stream.
+        ReleasedError
+            It has been freed.
+        """
+        if self.freed:
+            raise self._dead()
+        ordered.use(self, self._core, stream)
+
+    def _free_in_order(self, after: object) -> None:
+        ordered.free_in_order(self, after)
+
+    def _retire_in_order(self) -> None:
+        ordered.retire_in_order(self)
 
     def _dead(self) -> ReleasedError:
         return ReleasedError(f"{self!r} is no more")

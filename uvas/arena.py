@@ -21,6 +21,7 @@ from typing import Any, Literal, NoReturn, Self
 import numpy as np
 import numpy.typing as npt
 
+from uvas import ordered
 from uvas._core import allocation as core
 from uvas._core import fast, ffi, lib
 from uvas.allocation import Allocation as Allocation
@@ -314,7 +315,7 @@ class Arena(core.Allocator):
         ReleasedError
             It has been closed.
         """
-        work_off()
+        ordered.collect(self._core.id)
         given = ffi.new("uint64_t *")
         self._call(lib.uvas_arena_trim, given)
         return int(given[0])
@@ -374,12 +375,12 @@ class Arena(core.Allocator):
             raise raise_answer(code)
 
     def _try_to_close(self) -> int:
-        """Close it if nothing uses it, collecting cycles that may; return what C says."""
-        work_off()
+        """Close it if nothing uses it, collecting cycles that may, and waiting for streams; return what C says."""
+        ordered.collect(self._core.id, wait=True)
         code = -EBUSY if self._core.use(0) else self._core.close()
         if code == -EBUSY:
             gc.collect()
-            work_off()
+            ordered.collect(self._core.id, wait=True)
             code = -EBUSY if self._core.use(0) else self._core.close()
         if code == 0:
             self._forget()

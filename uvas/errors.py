@@ -34,6 +34,9 @@ class UvasError(Exception):
     _fields: ClassVar[tuple[str, ...]] = ()
     """The attributes: a class is made again from these and its message."""
 
+    unrecoverable: bool = False
+    """A device sets it where it could not undo what it had begun: the range is poisoned."""
+
     def __str__(self) -> str:
         return str(self.args[-1])  # without the number that OSError puts before it
 

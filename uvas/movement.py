@@ -280,6 +280,8 @@ def _by_number(space: AddressSpace, core: npt.NDArray[np.uint32], pages: Range) 
         own = _mover(party, "where")
         if own is not None and (seen := own(pages)) is not None:
             words |= np.where(seen & 2, mine, np.uint32(0))
+            words &= np.where(seen & 3 == 2, ~np.uint32(PageFlag.HOST), np.uint32(0xFFFFFFFF))  # on the device only
+            words |= np.where(seen & 1, np.uint32(PageFlag.HOST), np.uint32(0))
         elif lib.uvas_page_bit(space.handle, party.id, bit) == 0 and bit[0]:
             words |= np.where(core & bit[0], mine, np.uint32(0))
         elif own is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from uvas.leases import ReservationTrace, live
 from uvas.reservation import Reservation
@@ -13,6 +13,8 @@ from uvas.space import AddressSpace
 
 if TYPE_CHECKING:
     from uvas.arena import Arena
+    from uvas.devices.base import Device
+    from uvas.ranges import Range
 
 
 class Region(Reservation):
@@ -37,13 +39,19 @@ class Region(Reservation):
         super()._unleased(call, start, size)
 
     def commit(
-        self, offset: int = 0, size: int | None = None, *, protection: str = "rw", populate: bool = False
+        self,
+        offset: int = 0,
+        size: int | None = None,
+        *,
+        protection: str = "rw",
+        populate: bool = False,
+        location: Literal["host"] | Device | Range = "host",
     ) -> None:
         """Commit a part of it, which only an arena of bare addresses leaves to others; see `Reservation.commit`."""
         arena = self._arena()
         if arena is None or arena.backing == "auto":
             raise ValueError(f"{self!r} is an arena's, which alone commits in it")
-        super().commit(offset, size, protection=protection, populate=populate)
+        super().commit(offset, size, protection=protection, populate=populate, location=location)
 
     def release(self) -> NoReturn:
         """Refuse: the arena releases it, when it closes."""

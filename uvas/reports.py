@@ -45,6 +45,20 @@ class SpaceStats:
 
 
 @dataclass(frozen=True, slots=True)
+class OrderStats:
+    """What an arena's blocks in the order of streams amount to; bytes as rounded up."""
+
+    live_blocks: int
+    """Handed out."""
+    live_bytes: int
+    """Handed out."""
+    kept_blocks: int
+    """Freed, and kept for the stream that was current when they were allocated."""
+    kept_bytes: int
+    """Likewise."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """A difference between what the kernel says and what the registry says."""
 

@@ -17,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from uvas._core import ffi, lib
-from uvas.devices.adapter import raise_answer
+from uvas.devices.adapter import located, raise_answer
+from uvas.interop.view import card_of, cupy_view
 from uvas.leases import Errand, Lease, ReservationTrace, enqueue, generation, live, start_reaper, work_off
 from uvas.protection import protection_bits
 from uvas.ranges import Range
 
 if TYPE_CHECKING:
+    from uvas.devices.base import Device
     from uvas.space import AddressSpace
 
 _SHARING = {"shared": lib.UVAS_SHARED, "private": lib.UVAS_PRIVATE}
@@ -211,7 +213,13 @@ class Reservation(_Held):
         return start, max(0, self._size - start) if size is None else as_size("size", size)
 
     def commit(
-        self, offset: int = 0, size: int | None = None, *, protection: str = "rw", populate: bool = False
+        self,
+        offset: int = 0,
+        size: int | None = None,
+        *,
+        protection: str = "rw",
+        populate: bool = False,
+        location: Literal["host"] | Device | Range = "host",
     ) -> None:
         """Put memory behind a part of the addresses, on every party; zeros where none was.
 
@@ -225,11 +233,17 @@ class Reservation(_Held):
             "none", "r", "rw", "rx" or "rwx".
         populate
             Bring the pages at once rather than when they are touched.
+        location
+            Where the memory is to lie, in a space whose addresses a device's driver holds: on a device of the space,
+            where the host cannot touch it; or a range that was committed at once, whose memory is then to be had at
+            both addresses.
 
         Raises
         ------
         ValueError
-            The part is not inside the reservation, or not of whole pages.
+            The part is not inside the reservation, or not of whole pages, or the location is nobody of the space.
+        NotSupportedError
+            A device cannot have it there, or not so.
         OutOfMemoryError, LimitReachedError
             The host has no memory for it, or a limit stands against it.
         AddressInUseError
@@ -241,7 +255,10 @@ class Reservation(_Held):
         """
         start, length = self._part(offset, size)
         flags = lib.UVAS_POPULATE if populate else 0
-        code = lib.uvas_commit(self._cell.id, start, length, protection_bits(protection), flags)
+        if location != "host":
+            self._space.check_location(location)
+        with located(location):
+            code = lib.uvas_commit(self._cell.id, start, length, protection_bits(protection), flags)
         if code < 0:
             raise raise_answer(code)
 
@@ -369,7 +386,39 @@ class Reservation(_Held):
         lease = self._lease(start, size, f"array of {kind}, shape {dimensions}")
         return np.ndarray(dimensions, kind, buffer=np.asarray(lease))
 
-    def _lease(self, start: int, size: int, holder: str) -> Lease:
+    def cupy(self, dtype: npt.DTypeLike, shape: int | Iterable[int] | None = None, *, offset: int = 0) -> Any:
+        """Return a CuPy array over the memory itself, also where it lies on a card.
+
+        Parameters
+        ----------
+        dtype, shape, offset
+            As of `numpy`.
+
+        Returns
+        -------
+        cupy.ndarray
+            In C order; the memory stays as long as any view of it lives.
+
+        Raises
+        ------
+        ValueError
+            Not all of it is committed, readable and writable, it does not fit, or no CUDA device of the space sees it.
+        TypeError
+            The elements hold Python objects.
+        NotSupportedError
+            CuPy is not installed.
+        ReleasedError
+            The reservation has been released.
+        """
+        start = as_size("offset", offset)
+        kind, dimensions, size = as_elements(dtype, shape, start, self._size)
+        card = card_of(self._space.devices, f"{self!r}")
+        lease = self._lease(start, size, f"CuPy array of {kind}, shape {dimensions}", by_host=False)
+        if lease.readonly:
+            raise ValueError(f"{self!r} is read-only from {start:#x} on, which a CuPy array cannot be")
+        return cupy_view(self._base + start, size, self._base + start, kind, dimensions, None, lease, card)
+
+    def _lease(self, start: int, size: int, holder: str, *, by_host: bool = True) -> Lease:
         lease = Lease(self, start, size, readonly=False, holder=holder)
         code = lease.take(self._cell.id, start)
         if code < 0:
@@ -381,6 +430,8 @@ class Reservation(_Held):
                     f"[{self.base + start:#x}, {self.base + start + size:#x}) is protected against reading"
                 )
             lease.readonly = not bits & lib.UVAS_WRITE
+            if by_host:
+                self._space.check_reach(Range(self._base + start, size))
         if self._leases is None:
             self._leases = weakref.WeakSet()
         self._leases.add(lease)

@@ -18,7 +18,7 @@ from uvas import movement as moving
 from uvas._core import ffi, lib
 from uvas.devices.adapter import Party, raise_answer
 from uvas.devices.base import Device
-from uvas.errors import ReleasedError
+from uvas.errors import NotSupportedError, ReleasedError
 from uvas.leases import Errand, enqueue, generation, live, start_reaper, work_off
 from uvas.leases import find as find_held
 from uvas.movement import Advice, MovementStats, Placeable
@@ -121,8 +121,9 @@ class AddressSpace:
         if code < 0:
             raise raise_answer(code)
         try:
-            for device in devices:
-                self.attach(device)
+            together = tuple(devices)
+            for device in together:
+                self._attach(device, together)
         except BaseException:
             self.close()
             raise
@@ -250,9 +251,13 @@ class AddressSpace:
         ReleasedError
             The space has been closed.
         """
+        self._attach(device, ())
+
+    def _attach(self, device: Device, together: tuple[Device, ...]) -> None:
         if any(party.device is device for party in self._parties):
             raise ValueError(f"{device!r} is attached already")
-        party = Party(device)
+        attached = self.devices
+        party = Party(device, attached, tuple(one for one in together if one is not device and one not in attached))
         cell = ffi.new("uvas_id *")
         try:
             code = lib.uvas_attach(self._cell[0], party.description(), cell)
@@ -289,6 +294,37 @@ class AddressSpace:
         claiming = [party for party in self._parties if party.info.placement == "claims"]
         for party in claiming:
             party.asked_beside_others = len(claiming) > 1
+
+    def check_location(self, location: object) -> None:
+        """See whether memory can be committed there. For `Reservation.commit`.
+
+        Raises
+        ------
+        ValueError
+            It is neither a device of this space nor a range of addresses.
+        NotSupportedError
+            No device's driver maps the memory of this space.
+        """
+        if not isinstance(location, Range) and location not in self.devices:
+            raise ValueError(f"{location!r} is neither 'host', nor a device of {self!r}, nor a range")
+        if not any(party.info.placement == "owns" for party in self._parties):
+            raise NotSupportedError(
+                f"memory at {location!r}",
+                f"{self!r} maps its memory itself, on the host",
+                'use CudaDevice(strategy="vmm")',
+            )
+
+    def check_reach(self, wanted: Range) -> None:
+        """See whether the host can touch what is committed there. For arrays.
+
+        Raises
+        ------
+        ValueError
+            It lies on a device.
+        """
+        for party in self._parties:
+            if party.info.placement == "owns" and not party.device.host_reaches(wanted):  # type: ignore[attr-defined]
+                raise ValueError(f"{wanted} lies on a device of {self!r}: the host cannot touch it")
 
     # ---- memory that moves -------------------------------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
-/* check.h: what the C tests share: a check that tells where it failed, MAP_FIXED_NOREPLACE where libc lacks it, a seeded random source, time. */
+/* check.h: what the C tests share: a check that tells where it failed, MAP_FIXED_NOREPLACE where libc lacks it, a seeded random source, time, and a list of tests. */
 #ifndef CHECK_H
 #define CHECK_H
 
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 #include "uvas.h"
@@ -36,6 +37,25 @@ static inline double seconds_now(void) {
     struct timespec now;
     (void)clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+struct test {
+    const char *name;
+    void (*run)(void);
+};
+
+#define TEST(function) {#function, function}
+
+/* All of them, or the one whose name is the first argument. What main returns. */
+static inline int run_tests(const struct test *tests, size_t count, int argc, char **argv) {
+    for (size_t i = 0; i < count; i++) {
+        if (argc < 2 || strcmp(argv[1], tests[i].name) == 0) {
+            tests[i].run();
+            printf("ok %s\n", tests[i].name);
+            (void)fflush(stdout);
+        }
+    }
+    return 0;
 }
 
 #endif

@@ -235,13 +235,8 @@ static inline void all_is_well(struct scene *scene) {
     CHECK_OK(uvas_check());
 }
 
-/* All of them, or the one named on the command line. */
-struct test {
-    const char *name;
-    void (*run)(void);
-};
-
-static inline int run_tests(int count, char **arguments, const struct test *tests, size_t tests_count) {
+/* As run_tests, with a crew: the program is also its workers, and each test says when it began, for the alarm. */
+static inline int run_with_a_crew(int count, char **arguments, const struct test *tests, size_t tests_count) {
     uint32_t features;
     worker_main(count, arguments);
     if (uvas_private_memory(&features) == -ENOTSUP) {

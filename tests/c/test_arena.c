@@ -828,41 +828,33 @@ static void churn(void) {
 }
 
 int main(int argc, char **argv) {
-    static const struct {
-        const char *name;
-        void (*run)(void);
-    } tests[] = {{"mistakes_in_options", mistakes_in_options},
-                 {"mistakes_in_requests", mistakes_in_requests},
-                 {"every_size", every_size},
-                 {"every_alignment", every_alignment},
-                 {"the_whole_reservation_as_one_block", the_whole_reservation_as_one_block},
-                 {"a_hole_that_fits_exactly", a_hole_that_fits_exactly},
-                 {"the_last_page", the_last_page},
-                 {"zeroed_is_zero", zeroed_is_zero},
-                 {"zeroed_over_pieces", zeroed_over_pieces},
-                 {"zeroed_over_a_mix", zeroed_over_a_mix},
-                 {"realloc_keeps_contents", realloc_keeps_contents},
-                 {"realloc_in_place", realloc_in_place},
-                 {"realloc_that_fails", realloc_that_fails},
-                 {"free_of_what_is_no_block", free_of_what_is_no_block},
-                 {"find_of_every_byte", find_of_every_byte},
-                 {"find_of_the_arena", find_of_the_arena},
-                 {"many_at_once", many_at_once},
-                 {"at_the_limit", at_the_limit},
-                 {"asked_before_it_fails", asked_before_it_fails},
-                 {"grows_by_reservations", grows_by_reservations},
-                 {"growth_ends_where_the_space_does", growth_ends_where_the_space_does},
-                 {"a_fixed_arena_never_grows", a_fixed_arena_never_grows},
-                 {"close_under_a_live_block", close_under_a_live_block},
-                 {"only_if_it_takes_no_system_call", only_if_it_takes_no_system_call},
-                 {"numbers_tell_what_is_there", numbers_tell_what_is_there},
-                 {"churn", churn}};
-    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
-        if (argc < 2 || strcmp(argv[1], tests[i].name) == 0) {
-            tests[i].run();
-            printf("ok %s\n", tests[i].name);
-            (void)fflush(stdout);
-        }
-    }
-    return 0;
+    static const struct test tests[] = {
+        TEST(mistakes_in_options),
+        TEST(mistakes_in_requests),
+        TEST(every_size),
+        TEST(every_alignment),
+        TEST(the_whole_reservation_as_one_block),
+        TEST(a_hole_that_fits_exactly),
+        TEST(the_last_page),
+        TEST(zeroed_is_zero),
+        TEST(zeroed_over_pieces),
+        TEST(zeroed_over_a_mix),
+        TEST(realloc_keeps_contents),
+        TEST(realloc_in_place),
+        TEST(realloc_that_fails),
+        TEST(free_of_what_is_no_block),
+        TEST(find_of_every_byte),
+        TEST(find_of_the_arena),
+        TEST(many_at_once),
+        TEST(at_the_limit),
+        TEST(asked_before_it_fails),
+        TEST(grows_by_reservations),
+        TEST(growth_ends_where_the_space_does),
+        TEST(a_fixed_arena_never_grows),
+        TEST(close_under_a_live_block),
+        TEST(only_if_it_takes_no_system_call),
+        TEST(numbers_tell_what_is_there),
+        TEST(churn),
+    };
+    return run_tests(tests, sizeof tests / sizeof *tests, argc, argv);
 }

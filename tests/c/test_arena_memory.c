@@ -564,32 +564,24 @@ static void one_arena_after_another(void) {
 }
 
 int main(int argc, char **argv) {
-    static const struct {
-        const char *name;
-        void (*run)(void);
-    } tests[] = {{"memory_comes_with_the_first_write", memory_comes_with_the_first_write},
-                 {"works_on_memory_out_of_reach", works_on_memory_out_of_reach},
-                 {"bookkeeping_is_small", bookkeeping_is_small},
-                 {"trim_gives_memory_back", trim_gives_memory_back},
-                 {"trim_leaves_what_lives", trim_leaves_what_lives},
-                 {"trim_leaves_nothing_behind_holes", trim_leaves_nothing_behind_holes},
-                 {"what_is_idle_is_given_back", what_is_idle_is_given_back},
-                 {"what_was_used_lately_stays", what_was_used_lately_stays},
-                 {"a_bare_arena_commits_nothing", a_bare_arena_commits_nothing},
-                 {"descriptors_are_mapped_into_bare_blocks", descriptors_are_mapped_into_bare_blocks},
-                 {"guards_fault", guards_fault},
-                 {"guards_where_the_kernel_has_none", guards_where_the_kernel_has_none},
-                 {"poison_shows", poison_shows},
-                 {"transparent_huge_pages_are_asked_for", transparent_huge_pages_are_asked_for},
-                 {"huge_pages_or_a_remedy", huge_pages_or_a_remedy},
-                 {"bound_to_a_node_or_a_remedy", bound_to_a_node_or_a_remedy},
-                 {"one_arena_after_another", one_arena_after_another}};
-    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
-        if (argc < 2 || strcmp(argv[1], tests[i].name) == 0) {
-            tests[i].run();
-            printf("ok %s\n", tests[i].name);
-            (void)fflush(stdout);
-        }
-    }
-    return 0;
+    static const struct test tests[] = {
+        TEST(memory_comes_with_the_first_write),
+        TEST(works_on_memory_out_of_reach),
+        TEST(bookkeeping_is_small),
+        TEST(trim_gives_memory_back),
+        TEST(trim_leaves_what_lives),
+        TEST(trim_leaves_nothing_behind_holes),
+        TEST(what_is_idle_is_given_back),
+        TEST(what_was_used_lately_stays),
+        TEST(a_bare_arena_commits_nothing),
+        TEST(descriptors_are_mapped_into_bare_blocks),
+        TEST(guards_fault),
+        TEST(guards_where_the_kernel_has_none),
+        TEST(poison_shows),
+        TEST(transparent_huge_pages_are_asked_for),
+        TEST(huge_pages_or_a_remedy),
+        TEST(bound_to_a_node_or_a_remedy),
+        TEST(one_arena_after_another),
+    };
+    return run_tests(tests, sizeof tests / sizeof *tests, argc, argv);
 }

@@ -581,29 +581,21 @@ static void fork_while_threads_work(void) {
 }
 
 int main(int argc, char **argv) {
-    static const struct {
-        const char *name;
-        void (*run)(void);
-    } tests[] = {{"freed_by_another_thread", freed_by_another_thread},
-                 {"the_owner_gets_its_memory_back", the_owner_gets_its_memory_back},
-                 {"frees_meet_their_collector", frees_meet_their_collector},
-                 {"the_owner_takes_in_what_is_freed_twice", the_owner_takes_in_what_is_freed_twice},
-                 {"two_free_the_same_block", two_free_the_same_block},
-                 {"the_owner_and_another_free_the_same_block", the_owner_and_another_free_the_same_block},
-                 {"what_threads_keep_is_no_obstacle", what_threads_keep_is_no_obstacle},
-                 {"what_threads_keep_is_charged_back", what_threads_keep_is_charged_back},
-                 {"what_threads_keep_is_bounded", what_threads_keep_is_bounded},
-                 {"a_thread_that_ends", a_thread_that_ends},
-                 {"a_thread_that_ends_keeps_nothing", a_thread_that_ends_keeps_nothing},
-                 {"arenas_that_end_before_threads", arenas_that_end_before_threads},
-                 {"a_child_leaves_its_parents_blocks_alone", a_child_leaves_its_parents_blocks_alone},
-                 {"fork_while_threads_work", fork_while_threads_work}};
-    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
-        if (argc < 2 || strcmp(argv[1], tests[i].name) == 0) {
-            tests[i].run();
-            printf("ok %s\n", tests[i].name);
-            (void)fflush(stdout);
-        }
-    }
-    return 0;
+    static const struct test tests[] = {
+        TEST(freed_by_another_thread),
+        TEST(the_owner_gets_its_memory_back),
+        TEST(frees_meet_their_collector),
+        TEST(the_owner_takes_in_what_is_freed_twice),
+        TEST(two_free_the_same_block),
+        TEST(the_owner_and_another_free_the_same_block),
+        TEST(what_threads_keep_is_no_obstacle),
+        TEST(what_threads_keep_is_charged_back),
+        TEST(what_threads_keep_is_bounded),
+        TEST(a_thread_that_ends),
+        TEST(a_thread_that_ends_keeps_nothing),
+        TEST(arenas_that_end_before_threads),
+        TEST(a_child_leaves_its_parents_blocks_alone),
+        TEST(fork_while_threads_work),
+    };
+    return run_tests(tests, sizeof tests / sizeof *tests, argc, argv);
 }

@@ -421,5 +421,5 @@ int main(int count, char **arguments) {
         {"grants_are_kept", grants_are_kept},
         {"who_needs_two_granules_gets_on", who_needs_two_granules_gets_on},
     };
-    return run_tests(count, arguments, tests, sizeof tests / sizeof *tests);
+    return run_with_a_crew(count, arguments, tests, sizeof tests / sizeof *tests);
 }

@@ -371,5 +371,5 @@ int main(int count, char **arguments) {
         {"life_fails", life_fails},
         {"death_at_each_call", death_at_each_call},
     };
-    return run_tests(count, arguments, tests, sizeof tests / sizeof *tests);
+    return run_with_a_crew(count, arguments, tests, sizeof tests / sizeof *tests);
 }

@@ -487,5 +487,5 @@ int main(int count, char **arguments) {
         {"death_at_work", death_at_work},
         {"nothing_is_left", nothing_is_left},
     };
-    return run_tests(count, arguments, tests, sizeof tests / sizeof *tests);
+    return run_with_a_crew(count, arguments, tests, sizeof tests / sizeof *tests);
 }

@@ -89,7 +89,7 @@ def test_a_worker_really_agreed_to_a_range(here):
 
 def test_gpus_are_not_promised(here):
     _, kinds = here
-    for name, missing in (("CUDA", "CudaDevice"), ("HIP", "HipDevice")):
+    for name, missing in (("HIP", "HipDevice"),):
         assert not hasattr(uvas, missing)  # the day there is one, doctor has to try it
         assert kinds[name]["state"] == "missing"
         assert kinds[name]["remedy"].startswith(f"uvas has no {missing} yet")
@@ -410,4 +410,4 @@ def test_a_driver_is_asked_and_cannot_do_harm(driver, manner, answer):
     _, kinds = diagnosis(impatient, LD_LIBRARY_PATH=driver, DRIVER_MANNER=manner)
     assert "libcuda.so.1" in kinds["CUDA"]["advertised"]
     assert kinds["CUDA"]["probed"].startswith(answer)
-    assert kinds["CUDA"]["state"] == "missing"  # whatever it says: there is no device of uvas for it
+    assert kinds["CUDA"]["state"] in ("missing", "limited")  # whatever it says: no CudaDevice works on it

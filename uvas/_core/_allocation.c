@@ -18,6 +18,7 @@
 
 #include <errno.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -46,7 +47,8 @@ typedef struct {
 /* The low bits of a block's state count its holds. */
 #define FREED ((uint64_t)1 << 62)
 #define RETIRED ((uint64_t)1 << 61) /* no more holds: it is freed with the last one */
-#define HOLDS (RETIRED - 1)
+#define ORDERED ((uint64_t)1 << 60) /* used on streams: Python gives it back, when these have come so far */
+#define HOLDS (ORDERED - 1)
 
 typedef struct {
     PyObject_HEAD
@@ -213,7 +215,18 @@ static PyObject *core_settle(Core *self, PyObject *argument) {
     Py_BEGIN_ALLOW_THREADS
     rc = uvas_free(id, (uintptr_t)address);
     Py_END_ALLOW_THREADS
+    if (atomic_load_explicit(&self->retired, memory_order_relaxed)) {
+        leave_for_later(self->put, self->close, self->id, Py_None);
+    }
     return PyLong_FromLong(rc);
+}
+
+PyDoc_STRVAR(core_owe_doc, "owe($self, /)\n--\n\nCount a block that somebody will settle.");
+
+static PyObject *core_owe(Core *self, PyObject *unused) {
+    (void)unused;
+    atomic_fetch_add(&self->owed, 1);
+    Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(core_use_doc, "use($self, difference, /)\n--\n\nCount an allocator of NumPy's that asks this arena for memory, or one less; they then are.");
@@ -240,6 +253,7 @@ static PyMethodDef core_methods[] = {
     {"close", (PyCFunction)core_close, METH_NOARGS, core_close_doc},
     {"retire", (PyCFunction)core_retire, METH_NOARGS, core_retire_doc},
     {"settle", (PyCFunction)core_settle, METH_O, core_settle_doc},
+    {"owe", (PyCFunction)core_owe, METH_NOARGS, core_owe_doc},
     {"use", (PyCFunction)core_use, METH_O, core_use_doc},
     {NULL, NULL, 0, NULL},
 };
@@ -324,7 +338,7 @@ static void block_dealloc(Block *self) {
         PyObject_ClearWeakRefs((PyObject *)self);
     }
     if (core) {
-        if (self->base && !(atomic_load_explicit(&self->state, memory_order_acquire) & FREED)) { /* no hold lives: each has a reference */
+        if (self->base && !(atomic_load_explicit(&self->state, memory_order_acquire) & (FREED | ORDERED))) { /* no hold lives: each has a reference */
             give_back_or_owe(self);
             close_if_last(core);
         }
@@ -369,14 +383,36 @@ static PyObject *block_give_back(Block *self) {
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(block_free_doc, "free($self, /)\n--\n\n"
+PyDoc_STRVAR(block_free_doc, "free($self, /, *, after=None)\n--\n\n"
                              "Give the memory back to the arena, exactly once.\n\n"
+                             "Parameters\n----------\n"
+                             "after\n    A CUDA stream: it goes back when what is queued there now has run. The call does not wait.\n\n"
                              "Raises\n------\n"
                              "BufferError\n    An array over it lives.\n"
                              "ReleasedError\n    It has been freed, or was left by ``with``.");
 
-static PyObject *block_free(Block *self, PyObject *unused) {
-    (void)unused;
+/* What streams use is Python's to give back; `after` may be NULL. */
+static PyObject *block_free_in_order(Block *self, PyObject *after) {
+    return PyObject_CallMethod((PyObject *)self, "_free_in_order", "O", after ? after : Py_None);
+}
+
+static int used_on_streams(Block *self) {
+    return (atomic_load_explicit(&self->state, memory_order_relaxed) & (ORDERED | FREED | RETIRED)) == ORDERED;
+}
+
+static PyObject *block_free(Block *self, PyObject *const *arguments, Py_ssize_t count, PyObject *names) {
+    if (count || names) {
+        bool after = !count && names && PyTuple_Size(names) == 1 && PyUnicode_CompareWithASCIIString(PyTuple_GetItem(names, 0), "after") == 0;
+        if (!after) {
+            return PyErr_Format(PyExc_TypeError, "free() takes nothing but after=stream");
+        }
+        if (arguments[0] != Py_None) {
+            return block_free_in_order(self, arguments[0]);
+        }
+    }
+    if (used_on_streams(self)) {
+        return block_free_in_order(self, NULL);
+    }
     int ended = block_end_after_all(self);
     if (ended == 0) {
         return raise_object(PyObject_CallMethod((PyObject *)self, "_dead", NULL));
@@ -397,6 +433,9 @@ PyDoc_STRVAR(block_retire_doc, "retire($self, /)\n--\n\nFree it now, or, where a
 
 static PyObject *block_retire(Block *self, PyObject *unused) {
     (void)unused;
+    if (used_on_streams(self)) {
+        return PyObject_CallMethod((PyObject *)self, "_retire_in_order", NULL);
+    }
     int ended = block_end_after_all(self);
     uint64_t state = atomic_load(&self->state);
     while (ended < 0) { /* held: whoever lets go last frees it, unless that has been done just now */
@@ -410,6 +449,17 @@ static PyObject *block_retire(Block *self, PyObject *unused) {
         return block_give_back(self);
     }
     Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(block_order_doc, "_order($self, ordered, /)\n--\n\nSay whether somebody else gives it back, when streams have come so far.");
+
+static PyObject *block_order(Block *self, PyObject *ordered) {
+    int truth = PyObject_IsTrue(ordered);
+    if (truth < 0) {
+        return NULL;
+    }
+    uint64_t before = truth ? atomic_fetch_or(&self->state, ORDERED) : atomic_fetch_and(&self->state, ~ORDERED);
+    return PyBool_FromLong((before & ORDERED) != 0);
 }
 
 static PyObject *block_freed(Block *self, void *unused) {
@@ -428,14 +478,16 @@ static PyObject *block_arena_id(Block *self, void *unused) {
 }
 
 static PyMethodDef block_methods[] = {
-    {"free", (PyCFunction)block_free, METH_NOARGS, block_free_doc},
+    {"free", (PyCFunction)(void (*)(void))block_free, METH_FASTCALL | METH_KEYWORDS, block_free_doc},
     {"retire", (PyCFunction)block_retire, METH_NOARGS, block_retire_doc},
+    {"_order", (PyCFunction)block_order, METH_O, block_order_doc},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef block_members[] = {
     {"base", T_ULONGLONG, offsetof(Block, base), READONLY, "The lowest address."},
     {"size", T_ULONGLONG, offsetof(Block, size), READONLY, "Bytes, as asked for."},
+    {"_core", T_OBJECT, offsetof(Block, core), READONLY, "The arena in C."},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Block, references), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
@@ -703,9 +755,6 @@ static PyObject *hold_new(PyTypeObject *type, PyObject *arguments, PyObject *nam
     if (!derives_from(Py_TYPE((PyObject *)block), (destructor)block_dealloc)) {
         return PyErr_Format(PyExc_TypeError, "Hold() takes a Block");
     }
-    if (block->core->bare) {
-        return PyErr_Format(PyExc_ValueError, "%R is bare addresses: make arrays with the numpy of the reservation around it", (PyObject *)block);
-    }
     if (offset > block->size || size > block->size - offset) {
         return PyErr_Format(PyExc_ValueError, "%llu bytes from offset %llu are not inside a block of %llu", size, offset, block->size);
     }
@@ -742,6 +791,10 @@ static void hold_dealloc(Hold *self) {
 
 static PyObject *hold_interface(Hold *self, void *unused) {
     (void)unused;
+    if (self->block->core->bare) {
+        return PyErr_Format(PyExc_ValueError, "%R is bare addresses: make arrays with the numpy of the reservation around it",
+                            (PyObject *)self->block);
+    }
     return Py_BuildValue("{s:i,s:(K),s:s,s:(KO)}", "version", 3, "shape", self->size, "typestr", "|u1", "data", self->address, Py_False);
 }
 

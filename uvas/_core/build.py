@@ -67,6 +67,7 @@ extern "Python" int uvas_py_decommit(void *, uintptr_t, size_t);
 extern "Python" int uvas_py_protect(void *, uintptr_t, size_t, uint32_t);
 extern "Python" void uvas_py_start_claim(void *, uintptr_t, size_t);
 extern "Python" int uvas_py_exhausted(void *, size_t);
+extern "Python" int uvas_py_order_wait(void *, size_t, uintptr_t *);
 """
 
 

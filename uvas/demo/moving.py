@@ -14,7 +14,7 @@ from rich.text import Text
 from uvas import AddressSpace, MovementStats, PageFlag, ProcessDevice
 
 _GRANULE = 64 << 10
-_GRANULES = 64  # of the array: as many as fit into a line of a terminal, beside what happened
+_GRANULES = 64  # of the array: as many as fit into a line of a terminal
 _ROOM = 24  # granules that the left device has room for
 _WORDS = _GRANULE // 8
 
@@ -67,7 +67,8 @@ def show(console: Console) -> Movement:
             faults = _faults(space.movement()) - before
             line = _drawn(space.where(words))
             pictures.append(line.plain)
-            console.print(Text(f"   {told:<34} "), line, Text(f"  {faults:3} faults, {1e3 * elapsed:.1f} ms"), sep="")
+            console.print(f"   {told}: {faults} faults, {1e3 * elapsed:.1f} ms", highlight=False)
+            console.print(Text("   "), line, sep="")
         moved = space.movement()
         console.print(_legend())
         del words, work

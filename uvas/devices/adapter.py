@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from errno import ECANCELED, EEXIST
 from functools import cache
 from itertools import count
@@ -38,7 +39,7 @@ _BACKINGS: dict[BackingKind, int] = {
 _BACKING_NAMES = {bit: name for name, bit in _BACKINGS.items()}
 _MOST_AT_ONCE = 32  # devices of a space
 
-_FIRST_ANSWER = 1 << 16  # beyond every errno
+_FIRST_ANSWER = 1 << 16  # beyond every errno, below what says that nothing was undone
 _MOST_KEPT = 256  # exceptions that a verb went on without: what a device said to an undo, say
 
 
@@ -53,11 +54,32 @@ class _Raised(threading.local):
 _raised = _Raised()
 
 
+class _Placing(threading.local):
+    """Where this thread wants memory to lie that a driver maps."""
+
+    location: object = "host"
+
+
+_placing = _Placing()
+
+
+@contextmanager
+def located(location: object) -> Iterator[None]:
+    """Let the commits that this thread makes into C meanwhile say where the memory is to lie."""
+    _placing.location = location
+    try:
+        yield
+    finally:
+        _placing.location = "host"
+
+
 def _keep(error: BaseException) -> int:
     """Return the number that stands for an exception on its way through C."""
     if len(_raised.errors) == _MOST_KEPT:
         _raised.errors.clear()
     answer = -next(_raised.answers)
+    if getattr(error, "unrecoverable", False):
+        answer -= lib.UVAS_UNRECOVERABLE
     _raised.errors[answer] = error
     return answer
 
@@ -75,7 +97,9 @@ class Party:
     Parameters
     ----------
     device
-        The device. Its `info` is read once.
+        The device. Its `info` is read once, or what it agrees to.
+    attached, coming
+        The other devices of the space.
 
     Raises
     ------
@@ -83,9 +107,10 @@ class Party:
         The device declares a placement or a backing that there is not.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, attached: tuple[Device, ...] = (), coming: tuple[Device, ...] = ()) -> None:
         self.device = device
-        self.info: DeviceInfo = device.info
+        agree = getattr(device, "agree", None)
+        self.info: DeviceInfo = device.info if agree is None else agree(attached, coming)
         self.id = 0
         self.asked_beside_others = False
         """Two or more devices claim: one that cannot be started is asked on a thread. Written by the space."""
@@ -222,7 +247,7 @@ def uvas_py_unclaim(context: Any, base: int, size: int) -> int:
 def uvas_py_commit(context: Any, base: int, size: int, info: Any, protection: int) -> int:
     """Commit a range."""
     descriptor = info.descriptor if info.descriptor >= 0 else None
-    backing = Backing(_BACKING_NAMES[info.kind], bool(info.shared), descriptor, info.offset)
+    backing = Backing(_BACKING_NAMES[info.kind], bool(info.shared), descriptor, info.offset, _placing.location)
     return _ask(lambda: _party(context).device.commit(Range(base, size), backing, protection_name(protection)))
 
 

@@ -60,12 +60,15 @@ class Backing:
         Of `memfd` and `descriptor`; valid during the call, to be duplicated by who keeps it. Otherwise None.
     offset
         Of the range's first byte in it, in bytes.
+    location
+        Of `driver`: "host", the `Device` that the memory is to lie on, or the `Range` whose memory it is to be.
     """
 
     kind: BackingKind
     shared: bool
     descriptor: int | None
     offset: int
+    location: object = "host"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,10 @@ class Device(Protocol):
     A device may also have a method ``start_claim(range)``. It is called on every claiming device before the first
     `claim` is, with what `claim` will be asked, and is always followed by that `claim`: who can work meanwhile starts
     there. Devices without it are asked on threads, all at the same time.
+
+    And a method ``agree(attached, coming)``, for a device that has a choice: it is told who is in the space and who
+    will be next, and returns the `DeviceInfo` that holds there. And ``host_reaches(range)``: whether the host can touch
+    what the device has mapped there.
 
     A device whose `info.memory` is "private" has a method ``lend_memory()`` that returns a `LentMemory`; it is called
     when the device is attached. What `commit` gives such a device as the descriptor

@@ -22,7 +22,17 @@ from uvas._core import fast
 from uvas._core._allocation import Hold
 from uvas.leases import find
 
-__all__ = ["ByValue", "address_of", "by_value", "described", "dumps", "extent", "memory_at"]
+__all__ = [
+    "ByValue",
+    "Bytes",
+    "address_of",
+    "by_value",
+    "described",
+    "dumps",
+    "extent",
+    "extent_of",
+    "memory_at",
+]
 
 _sent: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """What keeps a block of an arena, by its base, for blocks of which something was sent: an array over such a block may
@@ -75,7 +85,7 @@ def by_value(array: _Array) -> ByValue[_Array]:
     return ByValue(array)
 
 
-class _Bytes:
+class Bytes:
     """The base of an array over memory that something else keeps."""
 
     __slots__ = ("__array_interface__", "keeper")
@@ -115,7 +125,7 @@ def _memory_of_block(address: int, size: int, base: int, block_size: int) -> np.
         low, length = extent(keeper)
         if not (low <= address and address + size <= low + length):  # resized, and elsewhere now
             raise ValueError(f"[{address:#x}, {address + size:#x}) lies no more in the array that was sent")
-        return np.asarray(_Bytes(address, size, keeper))
+        return np.asarray(Bytes(address, size, keeper))
     return np.asarray(Hold(keeper, address - base, size))
 
 
@@ -124,7 +134,7 @@ def _keeper_of(array: np.ndarray[Any, Any]) -> Any:
     base: Any = array
     while isinstance(base, np.ndarray):
         array, base = base, base.base
-    return base.allocation if isinstance(base, Hold) else base.keeper if isinstance(base, _Bytes) else array
+    return base.allocation if isinstance(base, Hold) else base.keeper if isinstance(base, Bytes) else array
 
 
 # ---- sending ---------------------------------------------------------------------------------------------------------
@@ -225,10 +235,17 @@ def extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
         return 0, 0
     if array.flags.c_contiguous:
         return address_of(array), array.nbytes
-    spans = [(length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True)]
+    return extent_of(address_of(array), array.shape, array.strides, array.itemsize)
+
+
+def extent_of(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """Return the same for an array that is told by its parts."""
+    if 0 in shape:
+        return 0, 0
+    spans = [(length - 1) * stride for length, stride in zip(shape, strides, strict=True)]
     below = sum(span for span in spans if span < 0)
     above = sum(span for span in spans if span > 0)
-    return address_of(array) + below, above - below + array.itemsize
+    return address + below, above - below + itemsize
 
 
 # ---- receiving -------------------------------------------------------------------------------------------------------

@@ -25,9 +25,19 @@ _SIZE = 1 << 20
 _PATIENCE_S = 20.0  # with a driver
 _COMPLAINT = 200  # characters
 _SENTINEL = b"not uvas"
+_TRY_CUDA = """
+import uvas
+with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(1 << 21) as held:
+    held.commit()
+    array = held.numpy("u1")
+    array[:] = 1
+    print(f"saw {held.range} by {device.strategy}")
+    del array
+"""
+_CUDA_FILES = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/proc/driver/nvidia/version")
 _PRIVATE = "private memory"
 """What `check_private` is called beside ProcessDevice, whose memory is shared."""
-_GPUS = {"CUDA": "CudaDevice", "HIP": "HipDevice"}
+_GPUS = {"HIP": "HipDevice"}
 """What is not built yet, by kind."""
 
 
@@ -65,7 +75,7 @@ def check_devices() -> list[DeviceCheck]:
     return [
         check_process(),
         check_private(),
-        _check_gpu("CUDA", "cuda", ("/dev/nvidiactl", "/dev/nvidia-uvm", "/proc/driver/nvidia/version")),
+        check_cuda(),
         _check_gpu("HIP", "hip", ("/dev/kfd",)),
         check_opencl(),
     ]
@@ -100,6 +110,45 @@ def check_process() -> DeviceCheck:
     if not right:
         return DeviceCheck("ProcessDevice", advertised, "it did not see the host's memory", "missing", "report it")
     return DeviceCheck("ProcessDevice", advertised, f"{probed}, in {time.monotonic() - began:.2f} s", "good", "")
+
+
+def check_cuda() -> DeviceCheck:
+    """Look for NVIDIA's driver and the packages, ask the driver, and tell by which strategies its cards see memory."""
+    answer = _ask("cuda")
+    advertised = [path for path in _CUDA_FILES if Path(path).exists()]
+    advertised += [answer.library] if answer.library else []
+    packages = [name for name in ("cuda.bindings", "cupy") if _importable(name)]
+    told = ", ".join([*advertised, *packages]) or "nothing"
+    missing = [name for name in ("cuda.bindings", "cupy") if name not in packages]
+    if not answer.library or not answer.text.startswith("CUDA ") or answer.text.endswith("no device"):
+        remedy = "install NVIDIA's driver, and in a container start it with the GPU (--gpus all)"
+        return DeviceCheck("CUDA", told, answer.text, "missing", remedy)
+    if missing:
+        return DeviceCheck("CUDA", told, answer.text, "limited", f"{', '.join(missing)}: pip install 'uvas[cuda]'")
+    tried, good = _try_cuda()
+    remedy = "" if good else "see what the driver says; the other strategies may do (CudaDevice(strategy=...))"
+    return DeviceCheck("CUDA", told, f"{answer.text}; {tried}", "good" if good else "limited", remedy)
+
+
+def _try_cuda() -> tuple[str, bool]:
+    """Let a CudaDevice see memory of a space, in a process of its own; return what became of it."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _TRY_CUDA], capture_output=True, text=True, check=False, timeout=_PATIENCE_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as refusal:
+        return f"not tried: {refusal}", False
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [how_it_ended(done.returncode)])[-1]
+        return f"CudaDevice: {last[-_COMPLAINT:]}", False
+    return f"CudaDevice {done.stdout.strip()}", True
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _add_one_to_each(words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:

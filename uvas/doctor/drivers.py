@@ -14,10 +14,14 @@ from dataclasses import asdict, dataclass
 _NAME_BYTES = 256
 
 _CUDA_ATTRIBUTES = {  # CUdevice_attribute of cuda.h
-    "virtual memory management": 102,
     "pageable memory access": 88,
     "through the host's page tables": 100,
     "concurrent managed access": 89,
+    "host registration": 99,
+    "registered memory at host addresses": 91,
+    "virtual memory management": 102,
+    "host-located mappings": 145,
+    "node-located mappings": 141,
 }
 _CL_PLATFORM_NAME = 0x0902  # cl.h
 _CL_PLATFORM_NOT_FOUND_KHR = -1001  # cl_khr_icd

@@ -38,6 +38,7 @@ extern "C" {
 #define UVAS_DEFAULT_ATTEMPTS 64
 #define UVAS_TRIED_MAX 32
 #define UVAS_DEVICES_MAX 32
+#define UVAS_UNRECOVERABLE 1073741824 /* taken off a callback's negative answer: see struct uvas_device */
 
 typedef uint64_t uvas_id;
 
@@ -180,7 +181,10 @@ struct uvas_obstacle { /* filled by a claim that answers -EEXIST, as far as it k
 
 /* Contract of every callback: ranges are not empty, aligned to the granularity and inside one live reservation; on an answer other than 0
  * nothing has changed; calls on disjoint ranges may come from several threads at once; no callback calls back into uvas; no lock of uvas is
- * held. claim: 0, -EEXIST for "taken here", anything else for "broken". unclaim gives back the range with whatever is still committed in it. */
+ * held. claim: 0, -EEXIST for "taken here", anything else for "broken". unclaim gives back the range with whatever is still committed in it. A
+ * device that failed and could not undo what it had begun answers -EIO - UVAS_UNRECOVERABLE, say: the reservation is poisoned. Devices that
+ * register or own may take memory back only as it was committed, at once; a device that owns is asked to decommit ranges in which not all is
+ * committed, because it alone can do so all or nothing. */
 struct uvas_device {
     const char *name;
     uint32_t placement;    /* enum uvas_placement */
@@ -492,6 +496,42 @@ UVAS_API int uvas_arena_stats(uvas_id arena, struct uvas_arena_stats *out);
 UVAS_API int uvas_arena_peak(uvas_id arena, uint64_t floor, uint64_t *was);
 /* Every invariant of the arena, all threads stopped at its door meanwhile. 0, or -EINVAL with the sentence in the failure. */
 UVAS_API int uvas_arena_check(uvas_id arena);
+
+/* ---- blocks in the order of streams ---------------------------------------------------------------------------------------- */
+
+/* A GPU's queue (a *stream*) runs after the calls that fill it. So a block that one stream has used can be handed out again at once to whoever works
+ * on the same stream, and to nobody else until somebody has waited. An *order* keeps freed blocks in lists of their streams, in front of an arena.
+ * Nothing here waits, calls a driver or touches a block. */
+
+struct uvas_order; /* lives to the last of its blocks */
+
+struct uvas_order_options {
+    uvas_id arena;
+    intptr_t (*current)(void); /* the calling thread's stream, asked at each allocation; its number is all that counts */
+    /* Asked, without a lock, for a block where that may wait, or where there is no memory: calls uvas_alloc, or uvas_order_trim first. 0 or -errno. */
+    int (*wait)(void *context, size_t size, uintptr_t *out);
+    void *context;
+};
+
+struct uvas_order_stats {
+    uint64_t live_blocks; /* handed out */
+    uint64_t live_bytes;
+    uint64_t kept_blocks; /* in the lists of streams */
+    uint64_t kept_bytes;
+};
+
+UVAS_API int uvas_order_open(const struct uvas_order_options *options, struct uvas_order **out);
+/* Every stream has come to its end: what is kept goes back to the arena. *bytes (may be NULL): how much. */
+UVAS_API int uvas_order_trim(struct uvas_order *order, uint64_t *bytes);
+UVAS_API int uvas_order_stats(struct uvas_order *order, struct uvas_order_stats *out);
+/* -EBUSY while a block is handed out; otherwise as trim, and it is gone. */
+UVAS_API int uvas_order_close(struct uvas_order *order);
+
+/* In the shape that CuPy's CFunctionAllocator calls: `order` is a struct uvas_order. A block of at least `size` bytes, aligned to 512, for the
+ * stream that is current; NULL: no memory (uvas_last_failure). `device` is ignored: blocks mean the same on all. */
+UVAS_API void *uvas_order_malloc(void *order, size_t size, int device);
+/* To the list of the stream that was current at its allocation. Any thread; nothing happens to what is no block of this order. */
+UVAS_API void uvas_order_free(void *order, void *block, int device);
 
 /* ---- truth ------------------------------------------------------------------------------------------------------------------ */
 

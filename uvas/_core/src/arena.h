@@ -155,7 +155,9 @@ static inline uint64_t uvas_slab_group(const struct uvas_slab *slab, size_t grou
     const uvas_eight *eights = (const uvas_eight *)(const void *)&slab->blocks[group * UVAS_GROUP];
     uint64_t found = 0;
     for (size_t i = 0; i < UVAS_GROUP / 8; i++) {
-        uint64_t ones = __atomic_load_n(&eights[i], __ATOMIC_RELAXED) >> (state - UVAS_BLOCK_FREE) & UINT64_C(0x0101010101010101);
+        uint64_t states = __atomic_load_n(&eights[i], __ATOMIC_RELAXED);
+        states = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? __builtin_bswap64(states) : states;
+        uint64_t ones = states >> (state - UVAS_BLOCK_FREE) & UINT64_C(0x0101010101010101);
         found |= ones * UINT64_C(0x0102040810204080) >> 56 << 8 * i; /* the lowest bits of eight bytes, side by side */
     }
     return found;

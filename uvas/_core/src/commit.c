@@ -336,29 +336,42 @@ static int take_memory(const struct plan *plan, const struct uvas_piece_entry *w
     return rc;
 }
 
-/* One part of a plan: from `was` to `is`, on the host and then on the devices. */
-static int commit_part(const struct plan *plan, const struct uvas_piece_entry *was, const struct uvas_piece_entry *is, bool *poisoned) {
-    struct uvas_record *record = plan->record;
-    int rc;
-    if (uvas_piece_committed(was)) { /* keeps its contents, gets the protection */
-        if (was->protection == is->protection) {
-            return 0;
-        }
-        rc = was->kind == UVAS_BACKING_DRIVER ? 0 : uvas_vm_protect(where(plan, was), length(was), is->protection);
-        if (rc < 0) {
-            return say_mmap(plan, was, "mprotect", rc);
-        }
-        rc = uvas_party_protect(record, was, is->protection, poisoned);
-        if (rc < 0 && was->kind != UVAS_BACKING_DRIVER) {
-            *poisoned |= uvas_vm_protect(where(plan, was), length(was), was->protection) < 0;
-        }
-        return rc;
-    }
-    rc = put_memory(plan, was, is, poisoned);
+/* Another protection of what is committed. Devices that register can have what the host has, not more: so they are the first to lose and the last
+ * to gain. 0, or as before and said. */
+static int protect_part(const struct plan *plan, const struct uvas_piece_entry *part, uint32_t from, uint32_t to, bool *poisoned) {
+    bool on_host = part->kind != UVAS_BACKING_DRIVER, loses = (from & ~to) != 0;
+    struct uvas_piece_entry before = *part;
+    before.protection = from;
+    int rc = loses ? uvas_party_protect(plan->record, &before, to, poisoned) : 0;
     if (rc < 0) {
         return rc;
     }
-    rc = uvas_party_commit(record, is, poisoned);
+    rc = on_host ? uvas_vm_protect(where(plan, part), length(part), to) : 0;
+    if (rc < 0) {
+        rc = say_mmap(plan, part, "mprotect", rc);
+        struct uvas_failure said = *uvas_last_failure();
+        before.protection = to;
+        *poisoned |= loses && uvas_party_protect(plan->record, &before, from, poisoned) < 0;
+        *uvas_fail(said.kind, said.code) = said;
+        return rc;
+    }
+    rc = loses ? 0 : uvas_party_protect(plan->record, &before, to, poisoned);
+    if (rc < 0 && on_host) {
+        *poisoned |= uvas_vm_protect(where(plan, part), length(part), from) < 0;
+    }
+    return rc;
+}
+
+/* One part of a plan: from `was` to `is`, on the host and then on the devices. */
+static int commit_part(const struct plan *plan, const struct uvas_piece_entry *was, const struct uvas_piece_entry *is, bool *poisoned) {
+    if (uvas_piece_committed(was)) { /* keeps its contents, gets the protection */
+        return was->protection == is->protection ? 0 : protect_part(plan, was, was->protection, is->protection, poisoned);
+    }
+    int rc = put_memory(plan, was, is, poisoned);
+    if (rc < 0) {
+        return rc;
+    }
+    rc = uvas_party_commit(plan->record, is, poisoned);
     if (rc < 0) {
         *poisoned |= take_memory(plan, was, is) < 0;
     }
@@ -374,8 +387,7 @@ static void uncommit_part(const struct plan *plan, const struct uvas_piece_entry
         *poisoned |= take_memory(plan, was, is) < 0;
         uvas_mirrors_settle(record, &going, true);
     } else if (was->protection != is->protection) {
-        *poisoned |= uvas_party_protect(record, is, was->protection, poisoned) < 0;
-        *poisoned |= was->kind != UVAS_BACKING_DRIVER && uvas_vm_protect(where(plan, was), length(was), was->protection) < 0;
+        *poisoned |= protect_part(plan, was, is->protection, was->protection, poisoned) < 0;
     }
 }
 
@@ -493,9 +505,25 @@ static int hold_run(struct plan *plan, size_t first, size_t last) {
     return rc < 0 ? uvas_fail_system(where(plan, &run), length(&run), "mmap", rc) : 0;
 }
 
+/* What a driver maps cannot be brought back with its contents by anybody but the driver: it is asked once, for all that is committed. */
+static int decommit_owned(struct plan *plan, bool *poisoned) {
+    struct uvas_piece_entry all = {.kind = UVAS_BACKING_DRIVER};
+    for (size_t i = 0; i < plan->count; i++) {
+        if (uvas_piece_committed(&plan->parts[i])) {
+            all.start = all.end ? all.start : plan->parts[i].start;
+            all.end = plan->parts[i].end;
+        }
+    }
+    return all.end ? uvas_party_decommit(plan->record, &all, poisoned) : 0;
+}
+
 /* Devices first: they can be brought back. *done: the parts that are off the devices. */
 static int decommit_devices(struct plan *plan, size_t *done, bool *poisoned) {
     int rc = 0;
+    if (plan->record->owned) {
+        *done = 0;
+        return decommit_owned(plan, poisoned);
+    }
     for (*done = 0; rc == 0 && *done < plan->count; ++*done) {
         rc = uvas_piece_committed(&plan->parts[*done]) ? uvas_party_decommit(plan->record, &plan->parts[*done], poisoned) : 0;
     }

@@ -37,6 +37,8 @@ static void **link_of(enum uvas_metadata_kind kind, void *piece) {
                                          : &((struct uvas_run *)piece)->link;
 }
 
+_Static_assert(sizeof(struct uvas_heap) <= CHUNK && sizeof(struct uvas_arena) <= CHUNK, "a fresh chunk is enough for any piece");
+
 static void *take(enum uvas_metadata_kind kind) { /* under lock */
     void *piece = unused[kind];
     if (piece) {

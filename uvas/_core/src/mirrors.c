@@ -136,10 +136,12 @@ int uvas_mirrors_suit(const struct uvas_space *space, const struct uvas_device *
     if (device->capacity && device->capacity < granule) {
         return uvas_fail_invalid("device %s has room for %llu bytes, which is less than a granule of 0x%zx", name, (unsigned long long)device->capacity, granule);
     }
-    if (space->domain && space->domain->shift != shift_of(device->granule)) {
-        return uvas_fail_unsupported("granules of two sizes in one space", "give all private devices of a space the same granule",
-                                     "device %s moves 0x%zx bytes at once, the others of space %s 0x%zx", name, granule, space->name,
-                                     (size_t)1 << space->domain->shift);
+    for (uint32_t i = 0; space->domain && space->domain->shift != shift_of(device->granule) && i < space->party_count; i++) {
+        if (space->parties[i]->member) {
+            return uvas_fail_unsupported("granules of two sizes in one space", "give all private devices of a space the same granule",
+                                         "device %s moves 0x%zx bytes at once, device %s 0x%zx", name, granule, space->parties[i]->name,
+                                         (size_t)1 << space->domain->shift);
+        }
     }
     return 0;
 }

@@ -8,13 +8,35 @@
 
 #include "failure.h"
 #include "mirrors.h"
+#include "vm.h"
 
 bool uvas_party_claims(const struct uvas_party *party) {
     return party->device.placement == UVAS_CLAIMS;
 }
 
+static bool owns(const struct uvas_party *party) {
+    return party->device.placement == UVAS_OWNS;
+}
+
 bool uvas_space_owner(const struct uvas_space *space) {
-    return space->party_count > 0 && space->parties[0]->device.placement == UVAS_OWNS;
+    return space->party_count > 0 && owns(space->parties[0]);
+}
+
+/* A device that could not undo what it had begun says so in its answer. */
+static bool unrecoverable(int rc) {
+    return rc <= -UVAS_UNRECOVERABLE;
+}
+
+bool uvas_party_whole(uvas_id reservation) {
+    bool whole = false;
+    uvas_registry_lock();
+    const struct uvas_record *record = uvas_slots_get(&uvas_record_slots, reservation);
+    for (uint32_t i = 0; record && i < record->space->party_count; i++) {
+        const struct uvas_party *party = record->space->parties[i];
+        whole |= owns(party) || party->device.placement == UVAS_REGISTERS;
+    }
+    uvas_registry_unlock();
+    return whole;
 }
 
 static struct uvas_backing_info backing_of(const struct uvas_piece_entry *piece) {
@@ -67,6 +89,7 @@ int uvas_party_claim(struct uvas_record *record, struct uvas_obstacle *obstacle,
         bool wanted = uvas_party_claims(party) && (outcome == 0 || party->device.start_claim);
         int rc = wanted ? ask(party, record, obstacle) : 0;
         claimed[i] = wanted && rc == 0;
+        *poisoned |= unrecoverable(rc);
         outcome = rc != 0 && (outcome == 0 || outcome == -EEXIST) ? rc : outcome;
     }
     outcome = outcome == 0 ? uvas_mirrors_claim(record) : outcome;
@@ -80,26 +103,50 @@ int uvas_party_claim(struct uvas_record *record, struct uvas_obstacle *obstacle,
 
 /* ---- what is committed ---------------------------------------------------------------------------------------------------------------------------- */
 
+/* The kernel copies a pinned page for the child of a fork, or for its parent: private memory that is registered stays with this process. */
+static bool pins(const struct uvas_party *party, const struct uvas_piece_entry *piece) {
+    return party->device.placement == UVAS_REGISTERS && piece->kind == UVAS_BACKING_ANONYMOUS;
+}
+
+static bool pinned_by_others(const struct uvas_party *party, const struct uvas_record *record, const struct uvas_piece_entry *piece) {
+    bool pinned = false;
+    for (uint32_t i = 0; i < record->space->party_count; i++) {
+        pinned |= record->space->parties[i] != party && pins(record->space->parties[i], piece);
+    }
+    return pinned;
+}
+
 /* Whether the device has a copy of its own of the part, rather than what the host has. */
 static bool mirrored(const struct uvas_party *party, const struct uvas_piece_entry *piece) {
     return party->member && piece->kind == UVAS_BACKING_ANONYMOUS;
 }
 
 static int decommit_on(const struct uvas_party *party, const struct uvas_record *record, const struct uvas_piece_entry *piece) {
-    int rc = party->device.decommit(party->device.context, record->base + piece->start, piece->end - piece->start);
+    uintptr_t base = record->base + piece->start;
+    size_t size = piece->end - piece->start;
+    int rc = party->device.decommit(party->device.context, base, size);
     if (rc == 0 && mirrored(party, piece)) {
         uvas_mirrors_unwatch(record, party, piece->start, piece->end);
+    }
+    if (rc == 0 && pins(party, piece) && !pinned_by_others(party, record, piece)) {
+        (void)uvas_vm_inherit(base, size, true); /* it may stay on the host, if the device leaves */
     }
     return rc;
 }
 
 static int commit_on(const struct uvas_party *party, const struct uvas_record *record, const struct uvas_piece_entry *piece) {
     struct uvas_backing_info backing = backing_of(piece);
+    uintptr_t base = record->base + piece->start;
+    size_t size = piece->end - piece->start;
     bool own = mirrored(party, piece);
     if (own) {
         uvas_mirrors_backing(record, party, piece->start, &backing);
     }
-    int rc = party->device.commit(party->device.context, record->base + piece->start, piece->end - piece->start, &backing, piece->protection);
+    int rc = pins(party, piece) ? uvas_vm_inherit(base, size, false) : 0;
+    rc = rc == 0 ? party->device.commit(party->device.context, base, size, &backing, piece->protection) : rc;
+    if (rc != 0 && pins(party, piece) && !pinned_by_others(party, record, piece)) {
+        (void)uvas_vm_inherit(base, size, true);
+    }
     int watched = rc == 0 && own ? uvas_mirrors_watch(record, party, piece->start, piece->end) : 0;
     if (watched < 0) {
         (void)decommit_on(party, record, piece);
@@ -117,6 +164,7 @@ int uvas_party_commit(struct uvas_record *record, const struct uvas_piece_entry 
         int rc = commit_on(space->parties[i], record, piece);
         if (rc != 0) {
             const char *name = space->parties[i]->name;
+            *poisoned |= unrecoverable(rc);
             while (i-- > 0) {
                 *poisoned |= decommit_on(space->parties[i], record, piece) != 0;
             }
@@ -136,6 +184,7 @@ int uvas_party_decommit(struct uvas_record *record, const struct uvas_piece_entr
         int rc = decommit_on(space->parties[i], record, piece);
         if (rc != 0) {
             const char *name = space->parties[i]->name;
+            *poisoned |= unrecoverable(rc);
             while (i-- > 0) {
                 *poisoned |= commit_on(space->parties[i], record, piece) != 0;
             }
@@ -151,6 +200,7 @@ int uvas_party_protect(struct uvas_record *record, const struct uvas_piece_entry
         int rc = protect_on(space->parties[i], record, piece, protection);
         if (rc != 0) {
             const char *name = space->parties[i]->name;
+            *poisoned |= unrecoverable(rc);
             while (i-- > 0) {
                 *poisoned |= protect_on(space->parties[i], record, piece, piece->protection) != 0;
             }
@@ -184,6 +234,7 @@ int uvas_party_bring(struct uvas_record *record, struct uvas_party *party, bool 
         }
         if (answer != 0) {
             rc = uvas_fail_device(record->base + piece->start, piece->end - piece->start, party->name, "commit", answer);
+            *poisoned |= unrecoverable(answer);
             bool undone = claims ? unclaim(party, record) : true;
             while (!claims && i-- > 0) {
                 undone &= !uvas_piece_committed(&record->pieces.list[i]) || decommit_on(party, record, &record->pieces.list[i]) == 0;
@@ -197,10 +248,11 @@ int uvas_party_bring(struct uvas_record *record, struct uvas_party *party, bool 
 /* One device gives the reservation back: its claim with all that is in it, or, where it has no claim, each part. */
 int uvas_party_leave(struct uvas_record *record, struct uvas_party *party, bool *poisoned) {
     int rc = 0;
-    if (uvas_party_claims(party)) {
+    bool claims = uvas_party_claims(party) || owns(party);
+    if (claims) {
         rc = party->device.unclaim(party->device.context, record->base, record->size);
     }
-    for (size_t i = 0; rc == 0 && !uvas_party_claims(party) && i < record->pieces.count; i++) {
+    for (size_t i = 0; rc == 0 && !claims && i < record->pieces.count; i++) {
         const struct uvas_piece_entry *piece = &record->pieces.list[i];
         rc = uvas_piece_committed(piece) ? decommit_on(party, record, piece) : 0;
         while (rc != 0 && i-- > 0) {
@@ -208,17 +260,21 @@ int uvas_party_leave(struct uvas_record *record, struct uvas_party *party, bool 
             *poisoned |= uvas_piece_committed(piece) && commit_on(party, record, piece) != 0;
         }
     }
+    *poisoned |= unrecoverable(rc);
     return rc == 0 ? 0 : uvas_fail_device(record->base, record->size, party->name, "unclaim", rc);
 }
 
+/* An owner's mappings take with them what those have who follow. */
 int uvas_party_unclaim(struct uvas_record *record, bool *poisoned) {
     const struct uvas_space *space = record->space;
     for (uint32_t i = space->party_count; i-- > 0;) {
-        int rc = uvas_party_leave(record, space->parties[i], poisoned);
+        bool follows = uvas_space_owner(space) && space->parties[i]->device.placement == UVAS_FOLLOWS;
+        int rc = follows ? 0 : uvas_party_leave(record, space->parties[i], poisoned);
         if (rc != 0) {
             struct uvas_failure first = *uvas_last_failure();
             for (uint32_t back = i + 1; back < space->party_count; back++) {
-                *poisoned |= uvas_party_bring(record, space->parties[back], poisoned) != 0;
+                follows = uvas_space_owner(space) && space->parties[back]->device.placement == UVAS_FOLLOWS;
+                *poisoned |= !follows && uvas_party_bring(record, space->parties[back], poisoned) != 0;
             }
             *uvas_fail(first.kind, first.code) = first;
             return rc;

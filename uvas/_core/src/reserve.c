@@ -645,10 +645,6 @@ FLAT int release_record(struct uvas_record *record) {
     }
     bool kept = reservation && !poisoned && host_keeps(record);
     uvas_mirrors_drop(record, &all);
-    if (reservation && !poisoned && !kept && !uvas_party_unclaim_owner(record)) {
-        rc = uvas_fail_device(record->base, record->size, space->parties[0]->name, "unclaim", -EIO);
-        poisoned = true;
-    }
     struct remains remains = {NULL, NULL};
     uvas_registry_lock();
     unlink_record(record);

@@ -327,6 +327,11 @@ static int leave_all(struct uvas_space *space, struct uvas_party *party) {
         if (rc < 0) {
             struct uvas_failure said = *uvas_last_failure();
             bring_back(space, record, party, &said);
+            if (poisoned) { /* the one that failed half way, and could not be brought back */
+                uvas_registry_lock();
+                uvas_record_poison_live(record);
+                uvas_registry_unlock();
+            }
             return rc;
         }
     }

@@ -158,6 +158,8 @@ int uvas_party_protect(struct uvas_record *record, const struct uvas_piece_entry
 
 /* What commit puts behind addresses, given the devices: one enum uvas_backing, or 0 and it is said that they agree on nothing. */
 uint32_t uvas_space_backings(const struct uvas_space *space, uint32_t wanted);
+/* Whether a device of the reservation's space takes memory back only as it was committed: at once. Takes the lock. */
+bool uvas_party_whole(uvas_id reservation);
 bool uvas_party_claims(const struct uvas_party *party); /* has a table of its own: claim and unclaim are called */
 bool uvas_space_owner(const struct uvas_space *space);  /* its first device takes addresses itself */
 

@@ -23,6 +23,25 @@ static void span_range(const struct uvas_region *region, size_t first, size_t en
     *until = origin + end * UVAS_SPAN < stop ? origin + end * UVAS_SPAN : stop;
 }
 
+/* Where a device takes memory back only as it was committed, each span is committed by itself: so it can be given back. */
+static int commit_memory(const struct uvas_region *region, uintptr_t base, uintptr_t until) {
+    bool whole = uvas_party_whole(region->reservation);
+    uintptr_t at = base;
+    int rc = 0;
+    while (rc == 0 && at < until) {
+        uintptr_t next = (at / UVAS_SPAN + 1) * UVAS_SPAN;
+        next = !whole || next > until ? until : next;
+        rc = uvas_commit(region->reservation, at - region->reservation_base, next - at, UVAS_READ | UVAS_WRITE, 0);
+        at = rc == 0 ? next : at;
+    }
+    if (rc < 0 && at > base) {
+        struct uvas_failure said = *uvas_last_failure();
+        (void)uvas_decommit_leased(region->reservation, base - region->reservation_base, at - base);
+        *uvas_fail(said.kind, said.code) = said;
+    }
+    return rc;
+}
+
 static int commit_spans(const struct uvas_arena *arena, const struct uvas_region *region, size_t first, size_t end) {
     uintptr_t base, until;
     span_range(region, first, end, &base, &until);
@@ -33,7 +52,7 @@ static int commit_spans(const struct uvas_arena *arena, const struct uvas_region
                                        .protection = UVAS_READ | UVAS_WRITE};
         return uvas_map_fd_leased(region->reservation, &mapping);
     }
-    int rc = uvas_commit(region->reservation, offset, bytes, UVAS_READ | UVAS_WRITE, 0);
+    int rc = commit_memory(region, base, until);
     if (rc == 0 && arena->pages == UVAS_PAGES_TRANSPARENT) {
         (void)uvas_vm_advise_huge(base, bytes); /* a wish: what matters is that the memory is there */
     }

@@ -300,6 +300,10 @@ int uvas_vm_unguard(uintptr_t base, size_t size) {
     GATED(syscall(SYS_madvise, base, size, GUARD_REMOVE));
 }
 
+int uvas_vm_inherit(uintptr_t base, size_t size, bool inherited) {
+    GATED(syscall(SYS_madvise, base, size, inherited ? MADV_DOFORK : MADV_DONTFORK));
+}
+
 int uvas_vm_populate(uintptr_t base, size_t size, uint32_t protection) {
     int advice = protection & UVAS_WRITE ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
     int refused = gate();

@@ -69,6 +69,7 @@ int uvas_vm_drop_surely(uintptr_t base, size_t size);
 int uvas_vm_guard(uintptr_t base, size_t size);    /* contents gone, no access, no mapping used */
 int uvas_vm_unguard(uintptr_t base, size_t size);
 int uvas_vm_populate(uintptr_t base, size_t size, uint32_t protection);
+int uvas_vm_inherit(uintptr_t base, size_t size, bool inherited); /* whether the child of a fork has it too */
 
 /* -- descriptors, all close-on-exec -- */
 

@@ -1,0 +1,83 @@
+"""How far a stream has come."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from operator import index
+from typing import TYPE_CHECKING
+
+from uvas.devices.cuda import driver
+from uvas.devices.cuda.undo import Undo
+from uvas.errors import DeviceError, NotSupportedError, ReleasedError
+
+if TYPE_CHECKING:
+    from uvas.devices.cuda.card import Card
+
+__all__ = ["Mark", "stream_pointer"]
+
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+
+
+def stream_pointer(stream: object) -> int:
+    """Return the driver's handle of a stream: of CuPy's, of one with ``__cuda_stream__``, or of a plain number.
+
+    Raises
+    ------
+    TypeError
+        It is none of these.
+    """
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        return int((protocol() if callable(protocol) else protocol)[1])
+    try:
+        return index(getattr(stream, "ptr", stream))  # type: ignore[arg-type]  # this is the check
+    except TypeError:
+        raise TypeError(f"{stream!r} is no CUDA stream") from None
+
+
+class Mark:
+    """What is queued on a stream now, to be waited for.
+
+    Raises
+    ------
+    NotSupportedError
+        The stream is being captured: it runs nothing that could be waited for.
+    DeviceError
+        The driver said no.
+    """
+
+    def __init__(self, card: Card, stream: object) -> None:
+        self._card = card
+        pointer = stream_pointer(stream)
+        none = driver.enum("CUstreamCaptureStatus", "CU_STREAM_CAPTURE_STATUS_NONE")
+        with card.current(), Undo() as undo:
+            if card.call("cuStreamIsCapturing", pointer) != none:
+                raise NotSupportedError(
+                    "an order after a stream",
+                    "it is being captured, and runs nothing meanwhile",
+                    "end the capture first",
+                )
+            self._event = card.call("cuEventCreate", _NO_TIMING)
+            undo.push(lambda: card.call("cuEventDestroy", self._event))
+            card.call("cuEventRecord", self._event, pointer)
+
+    def passed(self, *, wait: bool = False) -> bool:
+        """Whether all of it has run. A card that is gone runs nothing; where no call may be made, nothing is known.
+
+        Raises
+        ------
+        DeviceError
+            The driver said no.
+        """
+        if not driver.usable():
+            return False
+        try:
+            self._card.call("cuEventSynchronize" if wait else "cuEventQuery", self._event)
+        except DeviceError as error:
+            if error.name == "CUDA_ERROR_NOT_READY":
+                return False
+            if not self._card.lost:
+                raise
+        with suppress(DeviceError, ReleasedError):
+            self._card.call("cuEventDestroy", self._event)
+        return True
