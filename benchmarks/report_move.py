@@ -89,7 +89,7 @@ def rewrite() -> None:
 
 def bars(axes: Axes, rows: list[Row], title: str, label: str, per_mib: bool) -> None:
     """Draw a bar for each row, with its quartiles; uvas's own are black."""
-    shown = sorted(rows, key=lambda row: row.ns, reverse=per_mib)
+    shown = sorted(rows, key=lambda row: row.ns)
     values = [MIB / row.ns if per_mib else row.ns / 1000 for row in shown]
     ends = [(MIB / row.high, MIB / row.low) if per_mib else (row.low / 1000, row.high / 1000) for row in shown]
     spread = [[max(0.0, v - low) for v, (low, _) in zip(values, ends, strict=True)],
@@ -103,8 +103,11 @@ def bars(axes: Axes, rows: list[Row], title: str, label: str, per_mib: bool) -> 
 
 
 def _label(row: Row) -> str:
-    unit = f", {row.parameter >> 10} KiB" if row.parameter < MIB else f", {row.parameter // MIB} MiB"
-    return row.what + (unit if row.id != "H1" else "")
+    if row.id == "H1":
+        return row.what
+    way = row.id.removeprefix("H2 ") + ": " if row.id.startswith("H2") else ""
+    unit = f"{row.parameter >> 10} KiB" if row.parameter < MIB else f"{row.parameter // MIB} MiB"
+    return f"{way}{row.what}, {unit}"
 
 
 def draw() -> None:
