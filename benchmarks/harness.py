@@ -124,7 +124,7 @@ def ratio(samples: Iterable[Sample], about: str, ours: Kind, peers: Iterable[Kin
     if ours not in kinds or not measured:
         return None
     best = min(measured, key=lambda peer: statistics.median(kinds[peer]))
-    middle, low, high = _spread([a / b for a, b in zip(kinds[ours], kinds[best], strict=True)])
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(kinds[ours], kinds[best], strict=True)], n=4)
     return Ratio(about, statistics.median(kinds[ours]), best[1], statistics.median(kinds[best]), middle, low, high)
 
 

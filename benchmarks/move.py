@@ -168,8 +168,8 @@ def streams(touch: Touch, rounds: int, size: int) -> list[Sample]:
                         "a device reads it all": lambda at: device.run(touch.stretches, at, size, PAGE, READ),
                         "a device writes it all": lambda at: device.run(touch.stretches, at, size, PAGE, WRITE),
                         "the host reads it all": lambda at: touch.stretches(at, size, PAGE, READ),
-                        "a device adds to it all": lambda at: device.run(touch.stretches, at, size, PAGE, ADD),
-                        "the host adds to it all": lambda at: touch.stretches(at, size, PAGE, ADD),
+                        "a device adds to what both have": lambda at: device.run(touch.stretches, at, size, PAGE, ADD),
+                        "the host adds to what a device has": lambda at: touch.stretches(at, size, PAGE, ADD),
                     }
                     for what, work in steps.items():
                         if "writes" in what:

@@ -26,13 +26,15 @@ GRANULES = {4 << 10: "4 KiB", 64 << 10: "64 KiB", 2 << 20: "2 MiB"}
 def line(one: dict[str, Any]) -> str:
     """Return one comparison in Markdown."""
     shown = _speed if one["about"].startswith(PER_MIB) else _time_a_mib if "processor" in one["about"] else _time
-    ratios = [one["ratio"], one["low"], one["high"]]
-    few = 3 if ratios[0] < 0.1 else 2
-    middle, low, high = (f"{value:.{few}f}" for value in ratios)
+    middle, low, high = (_ratio(one[name]) for name in ("ratio", "low", "high"))
     return (
         f"| {one['about']} | {shown(one['ours_ns'])} | {one['peer']} | {shown(one['peer_ns'])} "
         f"| {middle} ({low} to {high}) |"
     )
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"1 / {1 / value:,.0f}"
 
 
 def _speed(ns_a_mib: float) -> str:
@@ -87,7 +89,7 @@ def rewrite() -> None:
 
 def bars(axes: Axes, rows: list[Row], title: str, label: str, per_mib: bool) -> None:
     """Draw a bar for each row, with its quartiles; uvas's own are black."""
-    shown = sorted(rows, key=lambda row: row.ns, reverse=per_mib)
+    shown = sorted(rows, key=lambda row: row.ns)
     values = [MIB / row.ns if per_mib else row.ns / 1000 for row in shown]
     ends = [(MIB / row.high, MIB / row.low) if per_mib else (row.low / 1000, row.high / 1000) for row in shown]
     spread = [[max(0.0, v - low) for v, (low, _) in zip(values, ends, strict=True)],
@@ -101,8 +103,11 @@ def bars(axes: Axes, rows: list[Row], title: str, label: str, per_mib: bool) -> 
 
 
 def _label(row: Row) -> str:
-    unit = f", {row.parameter >> 10} KiB" if row.parameter < MIB else f", {row.parameter // MIB} MiB"
-    return row.what + (unit if row.id != "H1" else "")
+    if row.id == "H1":
+        return row.what
+    way = row.id.removeprefix("H2 ") + ": " if row.id.startswith("H2") else ""
+    unit = f"{row.parameter >> 10} KiB" if row.parameter < MIB else f"{row.parameter // MIB} MiB"
+    return f"{way}{row.what}, {unit}"
 
 
 def draw() -> None:

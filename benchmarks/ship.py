@@ -197,7 +197,6 @@ def comparisons(samples: list[Sample]) -> list[Ratio]:
     ours = {
         "uvas, memory=shared": "256 MiB to a worker and back, memory in common",
         "uvas, memory=private": "the same, memory of its own",
-        "uvas, memory=private, prefetch": "the same, memory of its own, prefetched",
     }
     found = [
         ratio(samples, about, ("H5", what, SIZE), [("H5", peer, SIZE)])

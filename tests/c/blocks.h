@@ -17,7 +17,7 @@
 #define WINDOW_BASE UINT64_C(0x551000000000)
 #define WINDOW_SIZE (UINT64_C(4) << 40)
 
-#define PAGE ((size_t)4096)
+#define PAGE ((size_t)sysconf(_SC_PAGESIZE))
 #define KIB ((size_t)1 << 10)
 #define MIB ((size_t)1 << 20)
 #define GIB ((size_t)1 << 30)

@@ -34,7 +34,7 @@ static bool may_lose;   /* bytes may be lost, as long as it is told */
 
 /* ---- a test that hangs says where --------------------------------------------------------------------------------------------------------- */
 
-#define STEP_S 30 /* no step takes as long */
+#define STEP_S 20 /* no step takes as long */
 
 static char doing[256];
 

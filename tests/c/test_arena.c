@@ -175,8 +175,9 @@ static void a_hole_that_fits_exactly(void) {
 
 /* One page is left, and a block of any small class that fits in a page gets it. */
 static void the_last_page(void) {
-    struct scene scene = fixed_scene(65 * PAGE, NULL);
-    uintptr_t most = must_alloc(scene.arena, 64 * PAGE, 0);
+    size_t but_one = SMALL_MAX / PAGE; /* up to so many a block takes as many as it asks for */
+    struct scene scene = fixed_scene((but_one + 1) * PAGE, NULL);
+    uintptr_t most = must_alloc(scene.arena, but_one * PAGE, 0);
     for (size_t size = 1; size <= PAGE; size = size < 128 ? size + 16 : size + size / 8) {
         uintptr_t last = must_alloc(scene.arena, size, 0);
         CHECK(last / PAGE != most / PAGE && usable(scene.arena, last) >= size);
@@ -184,8 +185,8 @@ static void the_last_page(void) {
         CHECK_OK(uvas_free(scene.arena, last));
     }
     CHECK_OK(uvas_free(scene.arena, most));
-    for (size_t pages = 1; pages <= 16; pages++) { /* and holes of more pages, blocks of as many */
-        most = must_alloc(scene.arena, (65 - pages) * PAGE, 0);
+    for (size_t pages = 1; pages <= 16 && pages < but_one; pages++) { /* and holes of more pages, blocks of as many */
+        most = must_alloc(scene.arena, (but_one + 1 - pages) * PAGE, 0);
         uintptr_t last = must_alloc(scene.arena, pages * PAGE, 0);
         refuses_to_alloc(scene.arena, 1, 0, -ENOSPC);
         CHECK_OK(uvas_free(scene.arena, last));

@@ -212,7 +212,8 @@ static void moving_fails(bool lasts) {
     CHECK(pthread_create(&ender, NULL, ends_failures, NULL) == 0);
     scene_open(&scene, GRANULE, PLACES, CREW, ROOM);
     for (size_t i = 0; i < MOVEMENTS; i++) {
-        for (size_t e = 0; e < errors_tried(); e++) {
+        bool undone = movements[i].run == forks; /* pages that are shared with a child do not move: there is most to be undone */
+        for (size_t e = 0; e < (undone ? ERRORS : errors_tried()); e++) {
             each_call_fails(&scene, &movements[i], i + e, lasts);
         }
     }

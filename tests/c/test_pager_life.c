@@ -66,17 +66,26 @@ static void decommit_takes_it_from_all(void) {
     }
 }
 
+static void *host_fills(void *order) {
+    int rc = job_done(order).rc;
+    CHECK(rc == 0 || rc == -EFAULT);
+    return NULL;
+}
+
 /* Who waits in a fault, or is about to, when the memory goes: it is told so by the kernel, as on any memory that goes, and does not wait for ever. */
 static void memory_goes_under_its_users(void) {
     struct scene scene;
     scattered_scene(&scene, 4 * KIB);
     for (uint32_t round = 0; round < 200; round++) {
+        pthread_t host;
+        struct order fill = {.verb = FILL, .base = scene.held.base, .size = scene.held.size, .value = round + 1};
         step("memory goes under its users, round %u", round);
         for (uint32_t party = 1; party <= CREW; party++) {
             for (int line = 0; line < WORKER_LINES; line++) {
-                worker_begin(&crew[party], line, &(struct order){.verb = FILL, .base = scene.held.base, .size = scene.held.size, .value = round + 1});
+                worker_begin(&crew[party], line, &fill);
             }
         }
+        CHECK(pthread_create(&host, NULL, host_fills, &fill) == 0);
         CHECK_OK(uvas_decommit(scene.held.id, (round % 7) * scene.granule, (1 + round % 13) * scene.granule));
         if (round % 3 == 0) {
             CHECK_OK(uvas_commit(scene.held.id, 0, scene.held.size, UVAS_READ | UVAS_WRITE, 0));
@@ -87,6 +96,7 @@ static void memory_goes_under_its_users(void) {
                 CHECK(rc == 0 || rc == -EFAULT);
             }
         }
+        CHECK(pthread_join(host, NULL) == 0);
         CHECK_OK(uvas_commit(scene.held.id, 0, scene.held.size, UVAS_READ | UVAS_WRITE, 0));
     }
     scatter(&scene);

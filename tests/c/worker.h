@@ -41,7 +41,7 @@
 #define WORKER_HIGH_FD 100   /* ours lie above those */
 #define WORKER_BOARD (4 * MIB)
 
-enum verb { HELLO, CLAIM, UNCLAIM, COMMIT, DECOMMIT, PROTECT, LOAD, STORE, ADD, FILL, VERIFY, ACROSS, SPECIAL };
+enum verb { HELLO, CLAIM, UNCLAIM, COMMIT, DECOMMIT, PROTECT, LOAD, STORE, ADD, FILL, VERIFY, ACROSS, COPY_WORD, SPECIAL };
 
 struct order {
     uint32_t verb, protection;
@@ -97,6 +97,15 @@ static inline void job_on_words(const struct order *order, struct answer *answer
     }
 }
 
+/* Where there is one, an instruction that needs the memory of both at the same time. */
+__attribute__((noinline, no_sanitize("thread"))) static void copy_word(uintptr_t from, uintptr_t to) {
+#ifdef __x86_64__
+    __asm__ volatile("movsq" : "+S"(from), "+D"(to) : : "memory");
+#else
+    *(volatile uint64_t *)to = *(volatile uint64_t *)from;
+#endif
+}
+
 /* Relaxed: with another order ThreadSanitizer holds a lock of its own over an access that may end in job_signal. */
 static inline int job(const struct order *order, struct answer *answer) {
     uint64_t *word = (uint64_t *)order->base;
@@ -115,6 +124,12 @@ static inline int job(const struct order *order, struct answer *answer) {
     case ACROSS: /* one store to two granules */
         for (uint64_t i = 1; i <= order->count; i++) {
             store_across(order->base, i * order->value);
+        }
+        return 0;
+    case COPY_WORD: /* there and back */
+        for (uint64_t i = 0; i < order->count; i++) {
+            copy_word(order->base, order->base + order->size);
+            copy_word(order->base + order->size, order->base);
         }
         return 0;
     case FILL:

@@ -361,6 +361,49 @@ def test_registered_private_memory_is_not_inherited(plug):
             assert inherits(held.base)
 
 
+def test_pages_that_are_registered_stay_the_ones_that_the_card_sees(plug):
+    """Dropping one gives the host another, and the two sides would see different bytes from then on."""
+    fake = plug(*cards(REGISTER_CARD))
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device], backing="memfd") as space:
+        with space.reserve(4 * PAGE) as held:
+            held.commit()
+            array = held.numpy("u1")
+            array[:] = 1
+            before = frames(held.base, 4)
+            space.discard(held)
+            assert not array.any()
+            assert frames(held.base, 4) == before
+            del array
+        with uvas.Arena(space) as arena:
+            blocks = [arena.alloc(PAGE) for _ in range(1000)]
+            for block in blocks:
+                block.numpy("u1")[:] = 1
+            kept = blocks[::100]
+            base = kept[0].base // (2 * MIB) * 2 * MIB
+            before = frames(base, 512)
+            del blocks, block
+            arena.trim()  # empties pages elsewhere
+            assert frames(base, 512) == before
+            assert fake.registered
+            del kept
+
+
+@pytest.mark.parametrize("attributes", [REGISTER_CARD, VMM_CARD], ids=["register", "vmm"])
+def test_arenas_change_no_pages_that_a_driver_holds(plug, attributes):
+    plug(*cards(attributes))
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space:
+        for options in ({"guard": "large"}, {"node": 0}):
+            with uvas.Arena(space, **options) as arena:
+                with pytest.raises(uvas.NotSupportedError, match="memory that a driver holds"):
+                    arena.alloc(MIB)
+
+
+def frames(base: int, count: int) -> list[int]:
+    """The physical page behind each page, or whether there is one, where this process may not know more."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as book:
+        return np.frombuffer(os.pread(book.fileno(), 8 * count, base // PAGE * 8), "u8").tolist()
+
+
 def test_arenas_give_registered_memory_back_in_their_spans(plug):
     fake = plug(*cards(REGISTER_CARD))
     with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, uvas.Arena(space) as arena:
@@ -871,3 +914,14 @@ def test_every_card_has_stopped_before_memory_goes(plug, attributes):
             assert device.strategy == "hmm" or taken
             if verb == "decommit":
                 held.release()
+
+
+def test_memory_that_moves_by_userfaultfd_is_not_for_the_driver(plug):
+    plug(FakeCard())
+    try:
+        worker = uvas.ProcessDevice(name="worker", memory="private")
+    except uvas.NotSupportedError as missing:
+        pytest.skip(str(missing))
+    with worker, uvas.CudaDevice() as device:
+        with pytest.raises(uvas.NotSupportedError, match="hmm: worker has memory of its own"):
+            uvas.AddressSpace([device, worker])

@@ -156,6 +156,16 @@ def test_what_only_a_copy_could_do_is_refused(space, arena, current):
         gc.collect()
 
 
+def test_arrays_that_numpy_made_in_an_arena(arena, current):
+    with uvas.numpy_allocator(arena):
+        made = np.ones(1000)
+    seen = uvas.ascupy(made)
+    assert seen.data.ptr == made.ctypes.data
+    del made
+    gc.collect()
+    assert (uvas.asnumpy(seen) == 1).all()
+
+
 def test_empty_arrays_have_an_address_too(arena, current):
     array = arena.alloc(64).numpy("f8", (0, 3))
     seen = uvas.ascupy(array)

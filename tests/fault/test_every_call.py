@@ -187,7 +187,8 @@ def test_every_system_call_of_every_verb(name: str, backing: str, lasting: bool,
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize(
-    "name", ["reserve", "commit", "decommit", "protect", "map_fd", "map_fd over", "attach", "release"]
+    "name",
+    ["reserve", "commit", "commit populated", "decommit", "protect", "map_fd", "map_fd over", "attach", "release"],
 )
 def test_every_device_call_of_every_verb(name: str, lasting: bool) -> None:
     """Two devices; one of them breaks at the k-th call made to either."""

@@ -636,26 +636,44 @@ int uvas_decommit_leased(uvas_id reservation, size_t offset, size_t size) {
 
 /* ---- empty: an arena's memory that nobody uses -------------------------------------------------------------------------------------------------------------- */
 
-int uvas_empty_leased(uvas_id reservation, size_t offset, size_t size) {
+/* Pages that a device has registered must stay the ones that it sees: they are written over, where somebody asks for it. */
+static int empty_part(const struct plan *plan, const struct uvas_piece_entry *part, bool pinned, bool write) {
+    bool memory = uvas_piece_committed(part) && (part->kind == UVAS_BACKING_MEMFD || part->kind == UVAS_BACKING_ANONYMOUS);
+    if (!memory || (pinned && !(write && part->protection & UVAS_WRITE))) {
+        return -ENOTSUP;
+    }
+    if (pinned) {
+        memset((void *)where(plan, part), 0, length(part));
+        return 0;
+    }
+    if (part->kind == UVAS_BACKING_MEMFD) {
+        return uvas_vm_punch(part->file->fd, part->offset, length(part));
+    }
+    return plan->record->mirror ? uvas_mirrors_discard(plan->record, part->start, part->end) : uvas_vm_drop(where(plan, part), length(part));
+}
+
+static int empty(uvas_id reservation, size_t offset, size_t size, bool write) {
     struct uvas_change change;
     struct plan plan;
     int rc;
+    bool pinned = uvas_party_whole(reservation);
     struct uvas_record *record = uvas_change_begin(reservation, offset, size, true, &change, &rc);
     if (!record) {
         return rc;
     }
     rc = make_plan(record, &change, &plan);
     for (size_t i = 0; rc == 0 && i < plan.count; i++) {
-        const struct uvas_piece_entry *part = &plan.parts[i];
-        if (uvas_piece_committed(part) && part->kind == UVAS_BACKING_MEMFD) {
-            rc = uvas_vm_punch(part->file->fd, part->offset, length(part));
-        } else if (uvas_piece_committed(part) && part->kind == UVAS_BACKING_ANONYMOUS) {
-            rc = record->mirror ? uvas_mirrors_discard(record, part->start, part->end) : uvas_vm_drop(where(&plan, part), length(part));
-        } else {
-            rc = -ENOTSUP;
-        }
+        rc = empty_part(&plan, &plan.parts[i], pinned, write);
     }
     return end_failed(&plan, &change, false, rc); /* which only ends it: contents that nobody uses are no change */
+}
+
+int uvas_empty_leased(uvas_id reservation, size_t offset, size_t size) {
+    return empty(reservation, offset, size, false);
+}
+
+int uvas_zero_leased(uvas_id reservation, size_t offset, size_t size) {
+    return empty(reservation, offset, size, true);
 }
 
 /* ---- protect ----------------------------------------------------------------------------------------------------------------------------------------------- */

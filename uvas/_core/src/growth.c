@@ -28,6 +28,10 @@ int uvas_arena_add_region(struct uvas_arena *arena, uvas_id reservation, uintptr
         return uvas_fail_unsupported("guards in memory that moves", "an arena without guards, or a space without private devices",
                                      "a guard stays where it is, and the granule around it with it: [0x%lx, 0x%lx)", base, base + size);
     }
+    if ((arena->flags & (UVAS_ARENA_GUARD | UVAS_ARENA_BIND)) && uvas_party_whole(reservation)) {
+        return uvas_fail_unsupported("guards or nodes in memory that a driver holds", "an arena without them",
+                                     "pages at [0x%lx, 0x%lx) are registered or mapped by a device's driver, and stay as they are", base, base + size);
+    }
     if (arena->pages == UVAS_PAGES_HUGE) {
         start = round_up(start, UVAS_SPAN);
         end = end / UVAS_SPAN * UVAS_SPAN;

@@ -297,7 +297,7 @@ int uvas_discard(uvas_id reservation, size_t offset, size_t size) {
     size_t unit = record->mirror ? uvas_mirrors_unit(record) : uvas_vm_platform.page_size;
     unpin_record(record);
     size_t first = (offset + unit - 1) / unit * unit, end = (offset + size) / unit * unit;
-    rc = first < end ? uvas_empty_leased(reservation, first, end - first) : 0;
+    rc = first < end ? uvas_zero_leased(reservation, first, end - first) : 0;
     return rc == -ENOTSUP ? uvas_fail_unsupported("discarding this memory", "discard what was committed, and no descriptor", "[0x%zx, +0x%zx) is not all committed memory", offset, size)
            : rc == -ESTALE || rc == -EINVAL ? rc
            : rc < 0                         ? uvas_fail_system(0, 0, "discard", rc)

@@ -14,6 +14,7 @@
 #include <time.h>
 
 #include "arena.h"
+#include "space.h"
 #include "failure.h"
 #include "vm.h"
 
@@ -180,7 +181,9 @@ static bool hand_out(const struct uvas_request *request, const struct uvas_run *
     if (fresh && request->bytes >= HUGE_LEAST && arena->pages == UVAS_PAGES_ANY) {
         uintptr_t aligned = (base + UVAS_SPAN - 1) & ~(UVAS_SPAN - 1), last = end & ~(UVAS_SPAN - 1);
         (void)pthread_mutex_unlock(&arena->lock);
-        (void)uvas_vm_advise_huge(aligned, last - aligned); /* a wish */
+        if (!uvas_party_whole(run->region->reservation)) { /* what a driver holds is left alone */
+            (void)uvas_vm_advise_huge(aligned, last - aligned); /* a wish */
+        }
         (void)pthread_mutex_lock(&arena->lock);
     }
     if (request->zero && touched) {

@@ -183,6 +183,8 @@ void uvas_record_poison_live(struct uvas_record *record);
 int uvas_decommit_leased(uvas_id reservation, size_t offset, size_t size);
 /* Memory gone, zeros when it is touched again: all of it is committed, ANONYMOUS or MEMFD. 0 or -errno; nothing is said. */
 int uvas_empty_leased(uvas_id reservation, size_t offset, size_t size);
+/* The same where it may be written over instead: pages that a device has registered do not go. */
+int uvas_zero_leased(uvas_id reservation, size_t offset, size_t size);
 int uvas_map_fd_leased(uvas_id reservation, const struct uvas_mapping *mapping);
 
 struct uvas_record *uvas_change_begin(uvas_id id, size_t offset, size_t size, bool under_lease, struct uvas_change *change, int *rc);
