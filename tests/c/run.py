@@ -6,11 +6,15 @@
     python tests/c/run.py --seconds 60 stress_space      one test, longer
 
 A test's exit code is 0 or it failed. The first argument of a stress test is how many seconds it shall take.
+
+Where ``UVAS_C_OBJECTS`` names a directory, what is compiled is kept there by what it was made of, and not compiled
+again: for who builds many copies of the core that differ in a file (``tests/mutants/run.py``).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
 import shlex
@@ -57,10 +61,23 @@ class Builder:
         return [*shlex.split(self.cc), *COMPILE, *(sanitize if self.sanitizer else WARNINGS)]
 
     def compile(self, source: Path) -> Path:
-        """Compile one file."""
-        result = self.directory / f"{source.stem}.o"
-        subprocess.run([*self.compiler, "-c", source, "-o", result], check=True)
+        """Compile one file, unless it is kept."""
+        kept = os.environ.get("UVAS_C_OBJECTS")
+        result = Path(kept, f"{self.made_of(source)}.o") if kept else self.directory / f"{source.stem}.o"
+        if not result.exists():
+            fresh = self.directory / f"{source.stem}.fresh.o"
+            subprocess.run([*self.compiler, "-c", source, "-o", fresh], check=True)
+            shutil.move(fresh, result)
         return result
+
+    def made_of(self, source: Path) -> str:
+        """Return a name for an object: the same for the same source, headers and flags, wherever they lie."""
+        flags = [flag for flag in self.compiler if not flag.startswith("-I")]
+        headers = sorted([*CORE.glob("src/*.h"), *CORE.glob("include/*.h"), *HERE.glob("*.h")])
+        made_of = hashlib.sha256(" ".join(flags).encode())
+        for path in [source, *headers]:
+            made_of.update(path.read_bytes())
+        return f"{source.stem}-{made_of.hexdigest()[:24]}"
 
     def build(self, names: list[str]) -> dict[str, Path]:
         """Return the program of each test."""

@@ -3,6 +3,7 @@
     python tests/mutants/run.py                 all of them
     python tests/mutants/run.py pin-dropped     some
     python tests/mutants/run.py --jobs 1        one at a time
+    python tests/mutants/run.py --part 7/3      every third one; which third, the first number modulo the second says
 
 Each ``*.patch`` beside this file begins with what is promised and who must notice that it no longer holds::
 
@@ -151,6 +152,8 @@ class Workshop:
         self.clean = self.copy("clean")
         self.objects = directory / "objects"
         self.objects.mkdir()
+        self.c_objects = directory / "c-objects"
+        self.c_objects.mkdir()
         self.compile(self.clean, (self.clean / CORE / "src").glob("*.c"), self.objects)
         self.link(self.clean, self.objects)
 
@@ -205,7 +208,11 @@ class Workshop:
 
     def run(self, copy: Path, command: list[str], timeout_s: float) -> tuple[int | None, str]:
         """Run Python in a copy: the exit code, None if it took too long, and the output."""
-        environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = os.environ | {
+            "PYTHONPATH": str(copy),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "UVAS_C_OBJECTS": str(self.c_objects),
+        }
         process = subprocess.Popen(
             [sys.executable, *command],
             cwd=copy,
@@ -295,11 +302,13 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=1 + (os.cpu_count() or 1), help="how many at once (default: one more than CPUs)"
     )
+    parser.add_argument("--part", default="0/1", metavar="K/N", help="every N-th, beginning at the (K modulo N)-th")
     arguments = parser.parse_args()
+    turn, parts = map(int, arguments.part.split("/"))
     every = {path.stem: path for path in sorted(HERE.glob("*.patch"))}
     if unknown := set(arguments.names) - set(every):
         parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
-    mutants = [read(every[name]) for name in arguments.names or every]
+    mutants = [read(every[name]) for name in arguments.names or list(every)[turn % parts :: parts]]
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(arguments.jobs) as threads:
         workshop = Workshop(Path(directory))

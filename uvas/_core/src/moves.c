@@ -193,7 +193,8 @@ static int take(const struct uvas_extent *run, bool *copied) {
     if (lost) {
         return lost_in_staging(run);
     }
-    if (rc == -EINVAL || (rc == -EBUSY && !(run->word & UVAS_MODIFIED))) { /* what nobody may write has no write in flight */
+    bool parted = rc == -EINVAL && run->count > 1 && (our.features & UVAS_FAULT_MOVES); /* perhaps by a border of two mappings: granule by granule then */
+    if ((rc == -EINVAL && !parted) || (rc == -EBUSY && !(run->word & UVAS_MODIFIED))) { /* what nobody may write has no write in flight */
         *copied = true;
         rc = copy_out(run);
     }
