@@ -33,6 +33,7 @@ from setuptools import Extension
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 from setuptools.modified import newer_group
 
 LIBRARY = "uvas._core.libuvas"
@@ -189,3 +190,15 @@ class BdistWheel(bdist_wheel):
         """Set the tag of the limited API, where it was used."""
         super().initialize_options()
         self.py_limited_api = False if FREE_THREADED else LIMITED_TAG
+
+
+class Sdist(sdist):
+    """Hold all that building, testing and the examples need, beside the Python modules."""
+
+    def make_distribution(self) -> None:
+        """Add the trees that setuptools does not know of, without what builds and tests leave in them."""
+        for tree in ("uvas", "tests", "examples"):
+            self.filelist.extend([str(path) for path in sorted(Path(tree).rglob("*")) if path.is_file()])
+        self.filelist.exclude_pattern(r"\.(py[cod]|so|o)$", is_regex=True)
+        self.filelist.remove_duplicates()
+        super().make_distribution()
