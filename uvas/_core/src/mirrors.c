@@ -285,7 +285,12 @@ int uvas_mirrors_part(struct uvas_space *space, struct uvas_party *party) {
             struct uvas_stretch none = {0};
             uvas_mirrors_drop(record, &none);
         }
-        free(domain);
+        uvas_registry_lock();
+        bool poisoned = domain->mirrors > 0; /* a reservation that is nobody's any more has one, and the pager may meet it */
+        uvas_registry_unlock();
+        if (!poisoned) {
+            free(domain);
+        }
         space->domain = NULL;
     }
     leave_pager();
@@ -317,6 +322,7 @@ static int lay_out(struct uvas_mirror *mirror) {
 /* Tables with room for all mirrors there are, for the pager to use if its own are smaller. */
 static void larger_tables(struct uvas_errand *add) {
     uvas_registry_lock();
+    add->mirror->domain->mirrors++;
     tables_room = ++mirrors > tables_room ? 2 * mirrors + TABLE_STEP : tables_room;
     add->table_room = tables_room;
     uvas_registry_unlock();
@@ -324,9 +330,10 @@ static void larger_tables(struct uvas_errand *add) {
     add->tables[1] = calloc(add->table_room, sizeof *add->tables[1]);
 }
 
-static void one_mirror_less(void) {
+static void one_mirror_less(struct uvas_domain *domain) {
     uvas_registry_lock();
     mirrors--;
+    domain->mirrors--;
     uvas_registry_unlock();
 }
 
@@ -362,7 +369,7 @@ static int make_mirror(struct uvas_record *record) {
         free(add.tables[0]);
         free(add.tables[1]);
         if (rc < 0) {
-            one_mirror_less();
+            one_mirror_less(domain);
         }
     }
     if (rc < 0) {
@@ -441,9 +448,9 @@ void uvas_mirrors_drop(struct uvas_record *record, struct uvas_stretch *stretch)
         }
         struct uvas_errand remove = {.kind = UVAS_ASK_REMOVE, .mirror = record->mirror, .write = stretch->end == 0};
         (void)uvas_ask(&remove);
+        one_mirror_less(record->mirror->domain);
         free_mirror(record->mirror);
         record->mirror = NULL;
-        one_mirror_less();
     }
 }
 

@@ -105,6 +105,7 @@ struct uvas_domain {
     uint32_t hold_us; /* a granule is kept so long */
     struct uvas_member *members[UVAS_PARTIES]; /* by party; the first is the host below */
     struct uvas_member host;
+    uint32_t mirrors; /* of its reservations; those of poisoned ones stay for ever. Under the registry's lock */
 };
 
 struct uvas_stretch { /* granules of a mirror that somebody has a word about; on the stack of who waits */

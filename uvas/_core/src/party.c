@@ -148,8 +148,8 @@ static int commit_on(const struct uvas_party *party, const struct uvas_record *r
         (void)uvas_vm_inherit(base, size, true);
     }
     int watched = rc == 0 && own ? uvas_mirrors_watch(record, party, piece->start, piece->end) : 0;
-    if (watched < 0) {
-        (void)decommit_on(party, record, piece);
+    if (watched < 0 && decommit_on(party, record, piece) != 0) {
+        watched -= UVAS_UNRECOVERABLE;
     }
     return rc != 0 ? rc : watched;
 }
