@@ -315,6 +315,19 @@ def test_register_changes_only_as_a_whole_what_was_committed_at_once(plug):
         assert fake.registered == {}
 
 
+def test_register_has_no_read_only_memory_where_the_card_takes_none(plug):
+    fake = plug(*cards(REGISTER_CARD | {113: 0}))
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(8 * PAGE) as held:
+        held.commit(0, 4 * PAGE)
+        before = fake.table(), fake.calls.count("cuMemHostUnregister")
+        with pytest.raises(uvas.NotSupportedError, match="read-only memory"):
+            held.protect(0, 4 * PAGE, "r")
+        with pytest.raises(uvas.NotSupportedError, match="read-only memory"):
+            held.commit(4 * PAGE, PAGE, protection="r")
+        assert (fake.table(), fake.calls.count("cuMemHostUnregister")) == before
+        held.numpy("u1", 4 * PAGE)[:] = 1
+
+
 def test_register_refuses_an_address_of_the_cards_own(plug):
     fake = plug(*cards(REGISTER_CARD))
     fake.registered_elsewhere = 0x1000_0000
@@ -711,15 +724,66 @@ def test_a_card_that_dies_names_what_was_its_own(plug):
         fake.cards[0].sticky = None  # so that this process can go on
 
 
-def test_nothing_is_taken_away_during_a_capture(plug):
+def test_nothing_is_taken_away_during_a_capture_which_goes_on(plug):
     fake = plug(FakeCard())
     with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(PAGE) as held:
         held.commit()
         fake.capturing = True
         with pytest.raises(uvas.DeviceError, match="CAPTURE_UNSUPPORTED"):
             held.decommit()
+        assert fake.spoiled == []
         fake.capturing = False
         held.numpy("u1")[:] = 1
+
+
+def test_a_capture_that_does_not_show_is_the_drivers_to_tell_of(plug):
+    fake = plug(FakeCard())
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(PAGE) as held:
+        held.commit()
+        fake.capturing = fake.apart = True
+        with pytest.raises(uvas.DeviceError, match="CAPTURE_UNSUPPORTED"):
+            held.decommit()
+        assert fake.spoiled == ["cuCtxSynchronize"]  # as any library's wait for the card would
+        fake.capturing = False
+        fake.spoiled.clear()
+        held.numpy("u1")[:] = 1
+
+
+@pytest.mark.parametrize("attributes", [HMM_CARD, REGISTER_CARD, VMM_CARD], ids=["hmm", "register", "vmm"])
+def test_memory_is_made_during_a_capture(plug, attributes):
+    fake = plug(FakeCard(dict(attributes)))
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space:
+        fake.capturing = True
+        held = space.reserve(2 * UNIT)
+        held.commit(0, UNIT)
+        assert fake.spoiled == []
+        fake.capturing = False
+        held.release()
+
+
+def test_an_answer_that_comes_of_the_machine_is_no_loss(plug):
+    fake = plug(FakeCard())
+    with uvas.CudaDevice() as device:
+        answer = driver_module.CUresult.CUDA_ERROR_DEVICE_UNAVAILABLE  # somebody else's, for now
+        fake.fail(1, answer=answer)
+        with pytest.raises(uvas.DeviceError, match="DEVICE_UNAVAILABLE") as caught:
+            device.card.free_bytes()
+        assert not isinstance(caught.value, uvas.DeviceLostError)
+        assert not device.lost
+        assert device.card.free_bytes()
+
+
+def test_a_driver_that_is_older_than_the_bindings_says_what_it_lacks(plug, monkeypatch):
+    plug(FakeCard())
+
+    def missing(*arguments: object) -> None:
+        raise RuntimeError('Function "cuMemPrefetchAsync_v2" not found')
+
+    monkeypatch.setattr(driver_module, "cuMemPrefetchAsync", missing)
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(PAGE) as held:
+        held.commit()
+        with pytest.raises(uvas.NotSupportedError, match=r"cuMemPrefetchAsync_v2.*newer driver"):
+            space.prefetch(held, device)
 
 
 def in_child(check: Callable[[], None]) -> int:
