@@ -374,8 +374,15 @@ def test_a_block_that_took_the_place_of_a_used_one_is_its_own(fake, arena, strea
 
 
 def test_nothing_is_ordered_during_a_capture(fake, arena, stream):
+    stream.work()
+    arena.alloc(1000).free(after=stream)  # before
     block = arena.alloc(1000)
     fake.capturing = True
+    ordered.collect()
+    assert (live(arena), fake.spoiled) == (2, [])
+    fake.busy.clear()
+    ordered.collect()
+    assert live(arena) == 1
     with pytest.raises(uvas.NotSupportedError, match="being captured"):
         block.free(after=stream)
     assert not block.freed
