@@ -34,7 +34,7 @@ KERNELS = {
     "eopnotsupp": lib.UVAS_KERNEL_REFUSED,
     "aligns": lib.UVAS_KERNEL_ALIGNS,
 }
-"""The seven kernels that vm.c can imitate (SCENARIOS A)."""
+"""The seven kernels that vm_imitate.c can imitate (SCENARIOS A)."""
 
 
 @contextlib.contextmanager

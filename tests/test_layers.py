@@ -40,6 +40,17 @@ LAYERS = [  # from the ground up; a module imports from its own layer's left or 
     {"uvas.cli"},
     {"uvas.__main__"},
 ]
+# Of the C core, from the ground up; a file calls into its own storey or those below. Who is not named lives at the top.
+STOREYS = [
+    "vm vm_files vm_imitate vm_learn vm_maps vm_process userfault",  # system calls
+    "lock nodes guide lookup registry survey",  # the registry
+    "failure slots pieces maps limits search metadata directory streams",  # books and words
+    "pager moves guard requests residency chores mirrors",  # memory that moves
+    "record reserve release space party lease audit change host commit decommit map_fd movement",  # spaces
+    "",  # arenas, with all that is in them, and order.c
+]
+EVERYWHERE = {"core"}  # sets up and forks the whole house: it calls all, and all call it
+UPWARD = {("space", "region")}  # a device that comes asks whether an arena has put up guards
 WORKER = "uvas.devices.worker"  # the program that runs in the worker process: a user of the whole library
 
 
@@ -118,18 +129,53 @@ def test_the_destructive_flag_occurs_in_one_function_of_one_file() -> None:
             assert "MAP_FIXED" not in names, path
 
 
-def test_system_calls_are_made_in_two_files() -> None:
+def test_system_calls_are_made_on_the_ground_floor() -> None:
     calls = re.compile(
         r"\b(syscall|mmap|munmap|mprotect|madvise|ioctl|open|openat|read|write|close|memfd_create|ftruncate)\s*\("
     )
-    for path in SOURCES.glob("*.c"):
-        if path.name not in ("vm.c", "userfault.c"):
-            assert not calls.search(without_comments(path.read_text())), path.name
+    found = {path.name for path in SOURCES.glob("*.[ch]") if calls.search(without_comments(path.read_text()))}
+    vm = {path.name for path in SOURCES.glob("vm*.c")}
+    assert "vm.c" in found
+    assert found <= vm | {"vm_call.h", "userfault.c"}
+    assert {path.name for path in SOURCES.glob("*.[ch]") if '#include "vm_call.h"' in path.read_text()} <= vm
 
 
 def test_the_replacing_call_is_made_where_a_range_is_pinned() -> None:
     users = {path.name for path in SOURCES.glob("*.c") if "uvas_vm_overlay(" in without_comments(path.read_text())}
-    assert users == {"vm.c", "commit.c", "audit.c"}
+    assert users == {"vm.c", "host.c", "audit.c"}
+
+
+def storey_of(file: str) -> int:
+    """How high a C file lives."""
+    return next((height for height, files in enumerate(STOREYS) if file in files.split()), len(STOREYS) - 1)
+
+
+def definitions_of(path: Path) -> set[str]:
+    """The functions and variables that a C file has for others."""
+    source = without_comments(path.read_text())
+    functions = re.findall(
+        r"^(?!static |extern |typedef |UVAS_FLAT )[a-z_].*?\b(uvas_\w+)\([^;{]*\{", source, re.MULTILINE
+    )
+    variables = re.findall(
+        r"^(?!static |extern |typedef )[a-zA-Z_][\w ()*]*?\b(uvas_\w+)(?:\[\w*\])?(?: =[^=].*)?;", source, re.MULTILINE
+    )
+    return {*functions, *variables}
+
+
+def test_arrows_in_the_core_go_down() -> None:
+    sources = {path.stem: path for path in SOURCES.glob("*.c")}
+    home = {name: file for file, path in sources.items() for name in definitions_of(path)}
+    assert [home[name] for name in ("uvas_vm_overlay", "uvas_book", "uvas_commit")] == ["vm", "nodes", "commit"]
+    assert not {file for files in STOREYS for file in files.split()} - set(sources), (
+        "a storey names a file that is not there"
+    )
+    upward = set()
+    for file, path in sources.items():
+        used = re.sub(r"\b(struct|enum) \w+", "", without_comments(path.read_text()))
+        for name in set(re.findall(r"\buvas_\w+", used)) & set(home):
+            if storey_of(home[name]) > storey_of(file) and not EVERYWHERE & {file, home[name]}:
+                upward.add((file, home[name]))
+    assert upward == UPWARD, f"{sorted(upward ^ UPWARD)}: the first calls the second, which lives above it"
 
 
 @pytest.mark.parametrize("name", uvas.__all__)
@@ -159,3 +205,12 @@ def test_importing_is_quick_and_needs_nothing_but_numpy() -> None:
     loaded = set(done.stdout.split())
     for heavy in ("rich", "multiprocessing", "concurrent.futures", "cupy", "pyopencl", "cffi", "pycparser", "argparse"):
         assert heavy not in loaded
+
+
+def test_no_private_macro_hides_a_public_name():
+    """A macro replaces an enumerator of the same name without a word from the compiler."""
+    public = set(re.findall(r"\bUVAS_\w+", (PACKAGE / "_core" / "include" / "uvas.h").read_text()))
+    private = {
+        name for path in SOURCES.glob("*.[ch]") for name in re.findall(r"^#\s*define\s+(\w+)", path.read_text(), re.M)
+    }
+    assert private & public == set()

@@ -62,6 +62,14 @@ def pytest(timeout_s: float, *arguments: str) -> list[str]:
     return ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", f"{timeout_s:.0f}", *arguments]
 
 
+def made_of(folder: Path, changed: set[str]) -> list[Path]:
+    """Return the C sources that are among the changed files, or include one of them, by whatever way."""
+    includes = {path: set(re.findall(r'#include "(\w+\.h)"', path.read_text())) for path in folder.glob("*.[ch]")}
+    while more := {path.name for path, included in includes.items() if included & changed} - changed:
+        changed = changed | more
+    return [path for path in includes if path.suffix == ".c" and path.name in changed]
+
+
 @dataclass(frozen=True)
 class Killer:
     """The test that must fail."""
@@ -198,7 +206,7 @@ class Workshop:
         subprocess.run(["git", "apply", "-C1", mutant.patch], cwd=copy, check=True, capture_output=True)
         for module in (copy / file for file in mutant.files if file.suffix == ".c" and file.parent == CORE):
             self.build_module(copy, module)
-        sources = [copy / file for file in mutant.files if file.suffix == ".c" and file.parent != CORE]
+        sources = made_of(copy / CORE / "src", {file.name for file in mutant.files if file.parent == CORE / "src"})
         if sources and not mutant.killer.in_c:  # the C tests compile the core themselves
             objects = self.directory / f"{mutant.name}.objects"
             shutil.copytree(self.objects, objects)

@@ -12,10 +12,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "change.h"
 #include "failure.h"
 #include "maps.h"
 #include "registry.h"
-#include "space.h"
 
 #define LOOKS_THAT_AGREE 4
 #define LOOKS_MAX 64 /* a stranger may come and go in a hole all the time */

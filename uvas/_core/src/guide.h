@@ -76,7 +76,7 @@ static inline uintptr_t uvas_guide_last_address(const struct uvas_guide *guide, 
     return next > 0 ? next - 1 : 0; /* slot 0 of a window that starts at 0 */
 }
 
-/* The cell of hidden slots: it leads nowhere (registry.c). */
+/* The cell of hidden slots: it leads nowhere. */
 extern uintptr_t uvas_guide_nothing;
 
 static inline void uvas_guide_set(struct uvas_guide *guide, uint64_t slot, uintptr_t fence, void *cell) {
@@ -84,11 +84,17 @@ static inline void uvas_guide_set(struct uvas_guide *guide, uint64_t slot, uintp
     __atomic_store_n(&guide->slot[slot].cell, cell, __ATOMIC_RELEASE);
 }
 
-/* How many bytes a guide for so many leaves has. */
-size_t uvas_guide_bytes(size_t leaves);
-/* Lays the window over [low, high), as finely as the table allows; all slots are hidden. */
-void uvas_guide_lay(struct uvas_guide *guide, uintptr_t low, uintptr_t high);
-/* Where most of the addresses from `low` to `high` are, if three in four of them are in [first, last]. */
-void uvas_guide_window(uintptr_t *low, uintptr_t *high, uintptr_t first, uintptr_t last);
+/* -- guide.c: under the lock -- */
+
+struct uvas_inner;
+/* Before an inner node above leaves is replaced; NULL: before the root stops to be a leaf. */
+void uvas_guide_hide(const struct uvas_inner *inner);
+void uvas_guide_mend(void); /* at the end of that change */
+/* Where the shape of the tree is no longer what the guide was laid for: lays it anew. True: the lock was dropped meanwhile. */
+bool uvas_guide_renew(void);
+/* Every slot against the tree. NULL, or what is wrong, and near which address. O(slots * log n). */
+const char *uvas_guide_check(uintptr_t *where);
+size_t uvas_guide_bytes(void); /* of all guides ever made */
+void uvas_guide_forget(void);  /* the child of a fork */
 
 #endif

@@ -217,7 +217,7 @@ static uint32_t page_word(const struct uvas_record *record, size_t offset, bool 
     }
     uint32_t word = uvas_granule_word(&record->mirror->directory[offset >> record->mirror->domain->shift]);
     uint32_t holders = uvas_holders(word) & ~(present ? 0u : (uint32_t)UVAS_PAGE_HOST);
-    return holders | (word & UVAS_LOST ? (uint32_t)UVAS_PAGE_LOST : 0u) | (holders & (holders - 1) ? (uint32_t)UVAS_PAGE_DUPLICATED : 0u);
+    return holders | (word & UVAS_BYTES_LOST ? (uint32_t)UVAS_PAGE_LOST : 0u) | (holders & (holders - 1) ? (uint32_t)UVAS_PAGE_DUPLICATED : 0u);
 }
 
 #define PAGES_AT_ONCE 512u
@@ -390,7 +390,9 @@ static uint64_t metadata_bytes(struct uvas_space *space) {
     uint64_t bytes = sizeof *space->domain;
     for (uint32_t i = 0; i < space->party_count; i++) {
         const struct uvas_member *member = space->parties[i]->member;
-        bytes += member ? sizeof *member + in_ram(member->probation.entries, member->rings_bytes) : 0;
+        const struct uvas_room *room = member ? member->room : NULL;
+        bytes += member ? sizeof *member : 0;
+        bytes += room ? sizeof *room + in_ram(room->probation.entries, room->rings_bytes) : 0;
     }
     uvas_registry_lock();
     size_t count = 0;

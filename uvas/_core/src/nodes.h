@@ -1,8 +1,8 @@
-/* nodes.h: what the registry's tree is made of, and the quick lookup in it, which its callers' compilers see through. registry.c has the rest, and
+/* nodes.h: what the registry's tree is made of, and the quick lookup in it, which its callers' compilers see through. tree.h has the rest, and
  * says why a reader may trust what it read.
  *
  * The quick lookup descends nothing: the guide (guide.h) names a leaf, the leaf's sketch an entry, and the entry proves itself: it holds the address,
- * or it and the one before it lie on both sides. Where that fails, the caller asks registry.c. It takes no branch that depends on what was guessed.
+ * or it and the one before it lie on both sides. Where that fails, the caller asks lookup.c. It takes no branch that depends on what was guessed.
  */
 #ifndef UVAS_NODES_H
 #define UVAS_NODES_H

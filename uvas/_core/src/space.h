@@ -3,8 +3,10 @@
  *   core.c     once-only set-up, the gates through which every call enters, fork
  *   space.c    spaces: open, close, statistics, devices that come and go
  *   party.c    asking devices, and undoing what was asked
- *   reserve.c  the reserve protocol; release, retire, quarantine; adoptions
- *   commit.c   commit, decommit, protect, map_fd
+ *   record.c   reservations and adoptions as records
+ *   reserve.c  the reserve protocol; adoptions
+ *   release.c  release, retire, quarantine
+ *   commit.c, decommit.c, map_fd.c: the verbs that change what lies behind a reservation, by way of change.c and host.c (change.h)
  *   pieces.c   what is committed where in one reservation
  *   lease.c    who uses the memory
  *   audit.c    audit, heal, check
@@ -32,6 +34,7 @@
 #include "uvas.h"
 
 #define UVAS_NAME_BYTES 64
+#define UVAS_PROTECTIONS (UVAS_READ | UVAS_WRITE | UVAS_EXECUTE)
 #define UVAS_REGISTRY_TRIES 16u /* times `attempts`: candidates that other threads of this process had claimed, which cost no system call */
 
 enum uvas_state {
@@ -168,16 +171,38 @@ bool uvas_space_owner(const struct uvas_space *space);  /* its first device take
 /* Holds addresses with mappings of ours if nobody is there: uvas_vm_reserve, and what the kernel moved and would not take back is noted. */
 int uvas_hold(uintptr_t base, size_t size, int tag);
 
-void uvas_quarantine_sweep(void); /* tries again to give back what the kernel would not take */
-uint64_t uvas_quarantine_bytes(void); /* under the lock */
-void uvas_quarantine_forget(void); /* the child of a fork; under the lock */
-/* The record is RELEASING, without pins: ends it. Its space was entered, and is left. */
-int uvas_record_release(struct uvas_record *record);
-/* An undo failed: never used again, and the failure that is being said names it. Under the lock. */
+/* -- record.c: under the lock -- */
+
+/* Enters the space and puts a new record into its list. The lock may be dropped and taken again. */
+int uvas_record_make(uvas_id space_id, uint32_t kind, size_t size, const char *name, struct uvas_record **out);
+void uvas_record_publish(struct uvas_record *record); /* it is what was asked for: lives, is found and counted; its space is left */
+void uvas_record_unlink(struct uvas_record *record);  /* off its space's list */
+void uvas_record_strike(struct uvas_record *record);  /* and no longer counted */
+/* An undo failed: never used again, and the failure that is being said names it. */
 void uvas_record_poison(struct uvas_record *record);      /* off its space's list already */
 void uvas_record_poison_live(struct uvas_record *record);
 
-/* -- commit.c: pins a live reservation and marks a part of it -- */
+struct uvas_remains { /* of a record that was forgotten */
+    struct uvas_piece_entry *pieces, *fills;
+};
+/* Out of the registry, its id dead, its parts let go. The remains are to be buried. */
+struct uvas_remains uvas_record_forget(struct uvas_record *record);
+void uvas_remains_bury(struct uvas_remains remains); /* without the lock: to free and to close may ask the kernel */
+
+/* -- release.c -- */
+
+/* The record is RELEASING, without pins: ends it. Its space was entered, and is left. */
+int uvas_record_release(struct uvas_record *record);
+/* Gives back what of the record the host holds. Where the kernel will not: true, and the record is to be put into quarantine. */
+bool uvas_record_keeps(struct uvas_record *record);
+void uvas_quarantine_add(struct uvas_record *record); /* under the lock */
+/* A mapping of ours that the kernel moved and would not take back. If even the note of it cannot be made, it stays mapped, by nobody's name. */
+void uvas_quarantine_stray(uintptr_t base, size_t size);
+void uvas_quarantine_sweep(void); /* tries again to give back what the kernel would not take */
+uint64_t uvas_quarantine_bytes(void); /* under the lock */
+void uvas_quarantine_forget(void); /* the child of a fork; under the lock */
+
+/* -- decommit.c and map_fd.c: for arenas -- */
 
 /* decommit and map_fd for who holds the lease himself, and sees to it that nobody uses the memory. */
 int uvas_decommit_leased(uvas_id reservation, size_t offset, size_t size);
@@ -186,9 +211,6 @@ int uvas_empty_leased(uvas_id reservation, size_t offset, size_t size);
 /* The same where it may be written over instead: pages that a device has registered do not go. */
 int uvas_zero_leased(uvas_id reservation, size_t offset, size_t size);
 int uvas_map_fd_leased(uvas_id reservation, const struct uvas_mapping *mapping);
-
-struct uvas_record *uvas_change_begin(uvas_id id, size_t offset, size_t size, bool under_lease, struct uvas_change *change, int *rc);
-void uvas_change_end(struct uvas_record *record, struct uvas_change *change); /* under the lock */
 
 /* -- lease.c -- */
 
@@ -203,5 +225,6 @@ struct uvas_region *uvas_region_at(uintptr_t address);
 void uvas_leases_drain(void); /* under the lock: takes off those that have ended */
 void uvas_leases_forget(void); /* the child of a fork; under the lock */
 bool uvas_leases_overlap(const struct uvas_record *record, size_t start, size_t end); /* under the lock, drained */
+int uvas_leases_busy(uintptr_t base, size_t size); /* says that leases stand in the way: -EBUSY */
 
 #endif

@@ -1,4 +1,4 @@
-/* vm.h: the system calls that uvas makes, one function each, and what this kernel does with them.
+/* vm.h: the system calls that uvas makes, one function each, and what this kernel does with them. vm_call.h lists the files that they are in.
  *
  * Preconditions that hold for all: base and size are multiples of the page size, size > 0, base + size does not wrap.
  * Results are 0 (or a descriptor) or -errno. No function takes a lock. None is called with the core's lock held, bar uvas_vm_pages'
@@ -36,7 +36,10 @@ struct uvas_file_id { /* tells whose a mapping is */
     uint32_t block_size; /* what lengths of mappings of it are multiples of; the page size but for hugetlb */
 };
 
-/* 0, or the error that the next system call shall answer: the tests' fault knob, for the files beside vm.c that make system calls. */
+/* Between a system call and the caller: each return after the kernel was entered is mispredicted, as it empties the stack of return addresses. */
+#define UVAS_FLAT static inline __attribute__((always_inline))
+
+/* 0, or the error that the next system call shall answer: the tests' fault knob, for who decides about a call of his own. */
 int uvas_vm_gate(void);
 
 /* The platform; valid after uvas_vm_learn. Written by uvas_vm_learn only, before any other thread reads it (core.c orders them). */
