@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -830,6 +832,7 @@ def test_no_call_is_made_in_a_forked_child(plug, attributes):
 
 PROGRAM = """
 import sys
+import time
 sys.path[:0] = {paths!r}
 import uvas
 from fake_cuda import FakeCard, FakeDriver, VMM_CARD
@@ -866,6 +869,22 @@ def test_close_is_idempotent_and_gives_back_what_it_owns(plug):
     device.close()
     device.close()
     assert fake.leaks() == []
+
+
+@pytest.mark.parametrize("attributes", [HMM_CARD, REGISTER_CARD, VMM_CARD], ids=["hmm", "register", "vmm"])
+def test_arrays_outlive_the_devices_block(plug, attributes):
+    fake = plug(*cards(attributes))
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, uvas.Arena(space) as arena:
+        array = arena.alloc(8 * MIB).numpy("u8")
+        array[:] = 3
+    assert not fake.cards[0].retained
+    assert (array == 3).all()
+    base = array.ctypes.data
+    del array
+    deadline = time.monotonic() + 20
+    while (fake.leaks() or mappings(base, base + MIB)) and gc.collect() >= 0 and time.monotonic() < deadline:
+        time.sleep(0.01)  # the reaper is at it
+    assert mappings(base, base + MIB) == []
 
 
 # ---- no driver -------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_a_kernel_follows_pointers_of_the_hosts(gpu, strategy):
         total = arena.alloc(8).numpy("i8", 1)
         launch(kernel(WALK, "walk"), 1, np.uint64(blocks[0].base), uvas.ascupy(total))
         assert total[0] == sum(range(1000))
-        del nodes, node, total
+        del nodes, node, total, blocks
 
 
 @STRATEGIES

@@ -74,13 +74,12 @@ class Card:
         """Where memory of its own is mapped; lost with it."""
         self.model = name_of(ordinal)
         handle = self._handle = self._ask("cuDeviceGet", ordinal)
-        self._open = False
+        self._open = True
         with Undo() as undo:
             self._context = self._ask("cuDevicePrimaryCtxRetain", handle)
             undo.push(lambda: self._ask("cuDevicePrimaryCtxRelease", handle))
             with self.current():
                 self.stream = self._ask("cuStreamCreate", _NON_BLOCKING)
-        self._open = True
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         return driver.call(name, *arguments, device=self.name)
@@ -107,6 +106,11 @@ class Card:
         return int(self._context)
 
     @property
+    def closed(self) -> bool:
+        """Whether its context is held only while something is being called."""
+        return not self._open
+
+    @property
     def lost(self) -> bool:
         """Whether a sticky error has been seen: nothing of it works any more."""
         return self._loss is not None
@@ -124,7 +128,23 @@ class Card:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make its context the thread's own, and let what is called leave a stream capture of others alone."""
+        """Make its context the thread's own, and let what is called leave a stream capture of others alone.
+
+        A card that is closed holds its context only meanwhile: memory outlives a ``with`` block where arrays do, and
+        others may run kernels on it still.
+        """
+        if not self._open:
+            self._context = self.call("cuDevicePrimaryCtxRetain", self._handle)
+        try:
+            with self._pushed():
+                yield
+        finally:
+            if not self._open:
+                with suppress(UvasError):
+                    self.call("cuDevicePrimaryCtxRelease", self._handle)
+
+    @contextmanager
+    def _pushed(self) -> Iterator[None]:
         relaxed = driver.enum("CUstreamCaptureMode", "CU_STREAM_CAPTURE_MODE_RELAXED")
         self.call("cuCtxPushCurrent", self._context)
         try:
@@ -198,10 +218,9 @@ class Card:
         """Let go of the context. Idempotent; nothing is called where no call may be made."""
         if not self._open:
             return
+        if driver.usable():
+            with suppress(UvasError), self.current():
+                self.call("cuStreamDestroy", self.stream)
+            with suppress(UvasError):
+                self.call("cuDevicePrimaryCtxRelease", self._handle)
         self._open = False
-        if not driver.usable():
-            return
-        with suppress(UvasError), self.current():
-            self.call("cuStreamDestroy", self.stream)
-        with suppress(UvasError):
-            self.call("cuDevicePrimaryCtxRelease", self._handle)

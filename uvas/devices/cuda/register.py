@@ -115,6 +115,9 @@ class Register(Strategy):
                     self.card.call("cuMemHostUnregister", range.base)
             except DeviceLostError:
                 return  # a card that is gone holds nothing that could be given back
+            except DeviceError as error:
+                if not (self.card.closed and error.name == "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED"):
+                    raise  # but with the context of a card that was closed it has gone already
 
     # ---- what a space asks -------------------------------------------------------------------------------------------
 
