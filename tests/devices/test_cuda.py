@@ -941,24 +941,6 @@ def fake_properties():
     return properties
 
 
-def test_evidence_is_written_as_tests_end(plug, tmp_path):
-    from cuda_evidence import Evidence
-
-    plug(FakeCard())
-    evidence = Evidence(tmp_path / "cuda_tests.json")
-
-    class Report:
-        when, outcome, nodeid = "call", "skipped", "one"
-
-    evidence.pytest_runtest_logreport(Report)  # type: ignore[arg-type]
-    assert not evidence.path.exists()  # nothing was seen
-    Report.outcome, Report.nodeid = "passed", "two"
-    evidence.pytest_runtest_logreport(Report)  # type: ignore[arg-type]
-    content = json.loads(evidence.path.read_text())
-    assert content["tests"] == {"one": "skipped", "two": "passed"}
-    assert (content["driver"], content["cards"][0]["name"]) == (13010, "Fake 0")
-
-
 def test_the_benchmarks_table_and_its_evidence(plug, tmp_path, monkeypatch, capsys):
     """As far as there is something to measure without a card: the claims of the driver's, against the bare calls."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
