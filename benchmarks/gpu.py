@@ -100,7 +100,7 @@ class Peer:
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()  # type: ignore[union-attr]
-        for patience in (10.0, 5.0):
+        for patience in (3.0, 5.0):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return self._process.wait(patience)
             with contextlib.suppress(ProcessLookupError):
