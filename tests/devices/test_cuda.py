@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from machine import MIB, PAGE, Stranger, mappings
+from machine import KERNELS, MIB, PAGE, Stranger, kernel, mappings
 
 import uvas
 
@@ -868,6 +868,22 @@ def test_close_is_idempotent_and_gives_back_what_it_owns(plug):
     device.close()
     device.close()
     assert fake.leaks() == []
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("attributes", [HMM_CARD, REGISTER_CARD, VMM_CARD], ids=["hmm", "register", "vmm"])
+def test_cards_work_whatever_the_kernel_makes_of_the_flag(plug, attributes, name):
+    fake = plug(*cards(attributes))
+    with kernel(name), uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space:
+        there = [space.reserve(2 * UNIT) for _ in range(5)]
+        for held in there:
+            held.commit()
+            held.numpy("u8")[:] = held.base
+        assert fake.read(0, there[2].base, 8) == np.uint64(there[2].base).tobytes()
+        assert all((held.numpy("u8") == held.base).all() for held in there)
+        assert space.audit().findings == ()
+        for held in there:
+            held.release()
 
 
 @pytest.mark.parametrize("attributes", [HMM_CARD, REGISTER_CARD, VMM_CARD], ids=["hmm", "register", "vmm"])

@@ -197,7 +197,7 @@ struct uvas_device {
     int (*unclaim)(void *context, uintptr_t base, size_t size);
     int (*commit)(void *context, uintptr_t base, size_t size, const struct uvas_backing_info *backing, uint32_t protection);
     int (*decommit)(void *context, uintptr_t base, size_t size);
-    int (*protect)(void *context, uintptr_t base, size_t size, uint32_t protection);
+    int (*protect)(void *context, uintptr_t base, size_t size, uint32_t protection); /* before the host loses rights, after it gains them */
     /* Optional (NULL: none). Called on every claiming device before the first claim is, with what claim will be asked:
      * a device that can work meanwhile starts here and answers in claim. A start is always followed by its claim. */
     void (*start_claim)(void *context, uintptr_t base, size_t size);
