@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # without the enumerations of `signal`, a tenth of the time
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ def held_back(*, even_a_second: bool = False) -> Iterator[None]:
     if threading.get_ident() != threading.main_thread().ident:
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before: object = _signal.getsignal(_signal.SIGINT)
     if not callable(before):  # ignored, or the process just ends
         yield
         return
@@ -36,13 +37,13 @@ def held_back(*, even_a_second: bool = False) -> Iterator[None]:
     def wait(number: int, frame: FrameType | None) -> None:
         came.append(frame)
         if len(came) > 1 and not even_a_second:
-            signal.signal(signal.SIGINT, before)  # it may raise where nothing else gives the handler back
+            _signal.signal(_signal.SIGINT, before)  # it may raise where nothing else gives the handler back
             handler(number, frame)
 
     try:
-        signal.signal(signal.SIGINT, wait)
+        _signal.signal(_signal.SIGINT, wait)
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        _signal.signal(_signal.SIGINT, before)
         if len(came) == 1 or (came and even_a_second):
             handler(signal.SIGINT, came[0])

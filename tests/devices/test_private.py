@@ -5,6 +5,7 @@ Its options, its granule, whose company it can live in, and what it says where t
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -131,6 +132,62 @@ def test_one_device_in_two_spaces():
             device.run(on_device.fill, array, held.base)
             assert (array == held.base).all()
             del array
+
+
+def test_the_capacity_is_for_all_spaces_together():
+    """Two spaces fill the device in turns; one of them leaves with what it has there, and comes back."""
+    with private(granule=PAGE, capacity=16 * PAGE) as device, uvas.AddressSpace([device]) as first:
+
+        def resident(*spaces: uvas.AddressSpace) -> int:
+            return sum(space.movement().devices["own"].resident_bytes for space in spaces)
+
+        with first.reserve(64 * PAGE) as held:
+            held.commit()
+            array = held.numpy("u8")
+            array[:] = np.arange(len(array))
+            for turn in range(3):
+                with uvas.AddressSpace([device]) as second, second.reserve(16 * PAGE) as other:
+                    other.commit()
+                    beside = other.numpy("u8")
+                    for part in range(4):
+                        beside[:] = part
+                        second.prefetch(other, device)  # all of it, whatever the first space has there
+                        assert resident(first, second) == resident(second) == 16 * PAGE
+                        piece = array[part * 16 * 512 :][: 16 * 512]
+                        device.run(on_device.fill, piece, turn + part)
+                        assert 0 < resident(first, second) <= 16 * PAGE
+                        assert (beside == part).all()
+                        assert (piece == turn + part).all()
+                    assert resident(second) + resident(first) <= 16 * PAGE
+                    del beside
+                device.run(on_device.fill, array, turn)  # four times what there is room for
+                assert resident(first) == 16 * PAGE
+                assert (array == turn).all()
+            assert first.movement().devices["own"].evictions > 64
+            del array, piece
+
+
+class WithOtherCapacity:
+    """A device that does not say the same in each space."""
+
+    def __init__(self, device: uvas.ProcessDevice) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._device, name)
+
+    def lend_memory(self) -> object:
+        return dataclasses.replace(self._device.lend_memory(), capacity=32 * PAGE)
+
+
+def test_a_device_that_has_another_capacity_in_another_space():
+    with private(granule=PAGE, capacity=16 * PAGE) as device, uvas.AddressSpace([device]) as space:
+        with uvas.AddressSpace() as other:
+            with pytest.raises(ValueError, match="own is in another space with another capacity"):
+                other.attach(WithOtherCapacity(device))
+            assert other.devices == ()
+            other.attach(device)
+        space.check()
 
 
 def test_it_comes_to_a_space_with_memory_and_goes_again():

@@ -158,6 +158,7 @@ class Party:
                 "process": lent.process if lent and lent.process is not None else -1,
                 "capacity": (lent.capacity or 0) if lent else 0,
                 "granule": lent.granule if lent else 0,
+                "identity": ffi.cast("void *", lent.identity if lent else 0),
             },
         )
 

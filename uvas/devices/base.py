@@ -85,12 +85,16 @@ class LentMemory:
         Bytes that it holds at most, or None: as many as there is memory for.
     granule
         Bytes that move at once.
+    identity
+        An address that is this device's alone (``id(self)``, say): what it holds of all spaces together is then within
+        the capacity. 0: each attachment has a capacity of its own.
     """
 
     faults: int
     process: int | None
     capacity: int | None
     granule: int
+    identity: int = 0
 
 
 class Device(Protocol):

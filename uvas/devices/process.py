@@ -67,7 +67,8 @@ class ProcessDevice:
         ``shared``: host and worker map the same pages. ``private``: the worker has memory of its own, and a granule of
         memory moves to whoever touches it, on a fault or ahead of time (`AddressSpace.prefetch`).
     capacity
-        With private memory: bytes that the worker holds of one space, at most; None: as many as there is memory for.
+        With private memory: bytes that the worker holds at most, of all its spaces together; None: as many as there is
+        memory for.
     granule
         With private memory: bytes that move at once, a power of two from 4 KiB to 2 MiB. The same for all private
         devices of a space.
@@ -136,7 +137,7 @@ class ProcessDevice:
         DeviceLostError, ReleasedError
             As of `claim`.
         """
-        return LentMemory(self._link.borrow("lend_faults"), self._link.pidfd, self._capacity, self._granule)
+        return LentMemory(self._link.borrow("lend_faults"), self._link.pidfd, self._capacity, self._granule, id(self))
 
     # ---- what a space asks -------------------------------------------------------------------------------------------
 

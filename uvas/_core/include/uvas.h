@@ -208,6 +208,9 @@ struct uvas_device {
     int32_t process;   /* a pidfd: when that process ends, what it held comes home; -1: it never ends. A duplicate is kept */
     uint64_t capacity; /* bytes that it holds, at most; 0: as many as there is memory for */
     size_t granule;    /* bytes that move at once, a power of two from 4 KiB to 2 MiB; 0: 64 KiB. The same for all of a space */
+    /* Which memory it is: any address that is the device's alone, and the same in each space that it is attached to, with the same capacity and granule:
+     * the capacity then bounds what it holds of all of them together. NULL: each attachment has a capacity of its own. */
+    const void *identity;
 };
 
 /* Brings a device to a space: claims every live reservation on it and commits what is committed, all or nothing. *device is copied.

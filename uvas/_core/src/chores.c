@@ -24,8 +24,13 @@ static int join(struct uvas_errand *request) {
         uvas_watch_remove(uvas_pager.watch, member->faults);
         return rc;
     }
+    request->spare = uvas_residency_join(member, &rc);
+    if (rc < 0) {
+        uvas_unwatch(member);
+        return rc;
+    }
     uvas_pager.members[uvas_pager.member_count++] = member;
-    request->member->domain->members[request->member->party] = request->member;
+    member->domain->members[member->party] = member;
     return 0;
 }
 
@@ -38,6 +43,7 @@ static void part(struct uvas_member *member) {
     if (at < uvas_pager.member_count) {
         uvas_pager.members[at] = uvas_pager.members[--uvas_pager.member_count];
     }
+    uvas_residency_part(member);
     member->domain->members[member->party] = NULL;
     uvas_unpark(NULL, member);
 }

@@ -150,7 +150,7 @@ static void free_member(struct uvas_member *member) {
     if (member) {
         uvas_vm_close(member->faults);
         uvas_vm_close(member->process);
-        uvas_residency_close(member);
+        uvas_residency_close(member->room);
         free(member);
     }
 }
@@ -166,7 +166,7 @@ static struct uvas_member *make_member(const struct uvas_domain *domain, const s
     member->process = party->device.process < 0 || member->faults < 0 ? -1 : uvas_vm_duplicate(party->device.process);
     (void)snprintf(member->name, sizeof member->name, "%s", party->name);
     *rc = member->faults < 0 ? member->faults : party->device.process >= 0 && member->process < 0 ? member->process : 0;
-    *rc = *rc < 0 ? *rc : uvas_residency_open(member, domain->shift);
+    *rc = *rc < 0 ? *rc : uvas_residency_open(member, party->device.identity, domain->shift);
     if (*rc < 0) {
         *rc = *rc == -EMFILE || *rc == -ENFILE ? uvas_limits_descriptors(0, 0, *rc)
               : *rc == -ENOMEM                 ? uvas_fail_memory(0, (size_t)member->capacity, "the host")
@@ -215,10 +215,13 @@ int uvas_mirrors_join(struct uvas_space *space, struct uvas_party *party) {
         member->party = number;
         struct uvas_errand join = {.kind = UVAS_ASK_JOIN, .member = member};
         rc = uvas_ask(&join);
-        if (rc < 0 && rc != -E2BIG) {
-            rc = uvas_fail_system(0, 0, "epoll_ctl", rc);
-        } else if (rc < 0) {
+        uvas_residency_close(join.spare);
+        if (rc == -EEXIST) {
+            rc = uvas_fail_invalid("device %s is in another space with another capacity or granule", party->name);
+        } else if (rc == -E2BIG) {
             rc = uvas_fail_unsupported("more private devices", "detach some", "this process has %u devices with memory of their own already", UVAS_MEMBERS_MAX);
+        } else if (rc < 0) {
+            rc = uvas_fail_system(0, 0, "epoll_ctl", rc);
         }
     }
     if (rc < 0) {
@@ -365,7 +368,7 @@ static int make_mirror(struct uvas_record *record) {
     }
     if (rc == 0) {
         larger_tables(&add);
-        rc = add.tables[0] && add.tables[1] ? uvas_ask(&add) : -ENOMEM;
+        rc = add.tables[0] && add.tables[1] && add.table_room <= UVAS_MIRRORS_MAX ? uvas_ask(&add) : -ENOMEM;
         free(add.tables[0]);
         free(add.tables[1]);
         if (rc < 0) {

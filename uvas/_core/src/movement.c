@@ -390,7 +390,9 @@ static uint64_t metadata_bytes(struct uvas_space *space) {
     uint64_t bytes = sizeof *space->domain;
     for (uint32_t i = 0; i < space->party_count; i++) {
         const struct uvas_member *member = space->parties[i]->member;
-        bytes += member ? sizeof *member + in_ram(member->probation.entries, member->rings_bytes) : 0;
+        const struct uvas_room *room = member ? member->room : NULL;
+        bytes += member ? sizeof *member : 0;
+        bytes += room ? sizeof *room + in_ram(room->probation.entries, room->rings_bytes) : 0;
     }
     uvas_registry_lock();
     size_t count = 0;

@@ -53,6 +53,7 @@
 #define UVAS_PARKED_MAX 512u                /* faults that wait for their time; more are woken, and come again */
 #define UVAS_STREAMS 4u                     /* that are recognised at once, for each party */
 #define UVAS_THREADS 64u                    /* whose last faults are known, for each party */
+#define UVAS_MIRRORS_MAX (1u << 24)         /* a ring's entry has so many bits for a mirror's number */
 #define UVAS_STAYED_MAX 16u                 /* ranges that one request names */
 #define UVAS_GRANULE_DEFAULT ((size_t)64 << 10)
 #define UVAS_GRANULE_LEAST ((size_t)4 << 10)
@@ -61,7 +62,7 @@
 struct uvas_mirror;
 struct uvas_domain;
 
-struct uvas_ring { /* granules in the order in which they came: mirror number << 32 | granule */
+struct uvas_ring { /* granules in the order in which they came */
     uint64_t *entries;
     uint32_t size, first, count;
 };
@@ -78,6 +79,15 @@ struct uvas_history { /* of one thread */
     uint32_t granule[4]; /* newest first */
 };
 
+struct uvas_room { /* what a device with a bound holds, of all spaces that it is in: its members share it. Pager's alone */
+    const void *memory; /* whose; NULL: nobody else's */
+    uint64_t capacity, resident; /* bytes */
+    uint32_t shift;
+    uint32_t members;
+    struct uvas_ring probation, proven, ghosts; /* residency.c */
+    size_t rings_bytes;
+};
+
 struct uvas_member { /* a party of a domain; the host is one too. Pager's alone, but for the counters */
     struct uvas_domain *domain;
     uint32_t party;
@@ -88,10 +98,8 @@ struct uvas_member { /* a party of a domain; the host is one too. Pager's alone,
     bool unrecovered; /* something would not come, in this pass */
     uintptr_t recovering_at; /* how far the pass is: the mirror's base, and the granule */
     uint32_t recovering_first;
-    uint64_t identity; /* whose device it is */
     uint64_t capacity; /* bytes; 0: no bound */
-    struct uvas_ring probation, proven, ghosts; /* residency.c */
-    size_t rings_bytes;
+    struct uvas_room *room; /* NULL: no bound */
     struct uvas_stream streams[UVAS_STREAMS];
     uint32_t misses;
     struct uvas_history threads[UVAS_THREADS];
@@ -185,9 +193,14 @@ void uvas_moves_forget(void); /* the child of a fork */
 
 /* ---- residency.c ---- */
 
-/* Memory for what a bounded device holds, before it joins. 0 or -ENOMEM. */
-int uvas_residency_open(struct uvas_member *member, uint32_t shift);
-void uvas_residency_close(struct uvas_member *member);
+/* Room for what a bounded device holds, before it joins. 0, -ENOMEM, or -EINVAL: more granules than can be counted. */
+int uvas_residency_open(struct uvas_member *member, const void *memory, uint32_t shift);
+void uvas_residency_close(struct uvas_room *room);
+/* It joins: where the device is in another space already, the room there is its own. Returns the one that it does not need, or NULL; *rc is -EEXIST if
+ * the two do not agree. */
+struct uvas_room *uvas_residency_join(struct uvas_member *member, int *rc);
+/* It leaves, and keeps its room only if nobody else has it. */
+void uvas_residency_part(struct uvas_member *member);
 void uvas_residency_came(struct uvas_member *member, const struct uvas_extent *run);
 void uvas_residency_went(struct uvas_member *member, const struct uvas_extent *run);
 /* The mirror is about to go: nothing of it is in line any more. */
@@ -293,6 +306,7 @@ struct uvas_errand { /* on the stack of who asks; the pager's until it is done *
     uint32_t tries;
     struct uvas_stretch *stretch;
     struct uvas_store store;
+    struct uvas_room *spare; /* JOIN: of no use */
     struct uvas_mirror **tables[2]; /* by base, by number. Afterwards those that are of no use any more */
     uint32_t table_room;
     struct uvas_stretch stayed[UVAS_STAYED_MAX]; /* what could not move, the first of it; `next` is not used */
