@@ -206,3 +206,12 @@ def test_importing_is_quick_and_needs_nothing_but_numpy() -> None:
     loaded = set(done.stdout.split())
     for heavy in ("rich", "multiprocessing", "concurrent.futures", "cupy", "pyopencl", "cffi", "pycparser", "argparse"):
         assert heavy not in loaded
+
+
+def test_no_private_macro_hides_a_public_name():
+    """A macro replaces an enumerator of the same name without a word from the compiler."""
+    public = set(re.findall(r"\bUVAS_\w+", (PACKAGE / "_core" / "include" / "uvas.h").read_text()))
+    private = {
+        name for path in SOURCES.glob("*.[ch]") for name in re.findall(r"^#\s*define\s+(\w+)", path.read_text(), re.M)
+    }
+    assert private & public == set()

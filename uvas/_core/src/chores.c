@@ -241,8 +241,8 @@ static bool move_some(struct uvas_errand *request) {
         if (uvas_within(mirror->suspended, run.first)) {
             return false; /* whoever takes it away will be done soon */
         }
-        if (!(run.word & UVAS_COMMITTED) || (run.word & UVAS_LOST) || (request->party != UVAS_HOST && uvas_within(mirror->pinned, run.first))) {
-            stayed(request, run.first, run.count, run.word & UVAS_LOST ? -EIO : run.word & UVAS_COMMITTED ? -EBUSY : -ENOMEM);
+        if (!(run.word & UVAS_COMMITTED) || (run.word & UVAS_BYTES_LOST) || (request->party != UVAS_HOST && uvas_within(mirror->pinned, run.first))) {
+            stayed(request, run.first, run.count, run.word & UVAS_BYTES_LOST ? -EIO : run.word & UVAS_COMMITTED ? -EBUSY : -ENOMEM);
             continue;
         }
         if (uvas_directory_next(run.word, request->party, write).steps == 0) {

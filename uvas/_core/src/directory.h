@@ -30,7 +30,7 @@
 
 #define UVAS_COMMITTED (1u << 28) /* there is memory */
 #define UVAS_MODIFIED (1u << 29)
-#define UVAS_LOST (1u << 30) /* its bytes are gone: whoever touches it is told (SIGBUS) */
+#define UVAS_BYTES_LOST (1u << 30) /* its bytes are gone: whoever touches it is told (SIGBUS) */
 
 struct uvas_granule {
     _Atomic uint32_t word; /* parties and flags. Written by the pager alone, read by anyone */

@@ -217,7 +217,7 @@ static uint32_t page_word(const struct uvas_record *record, size_t offset, bool 
     }
     uint32_t word = uvas_granule_word(&record->mirror->directory[offset >> record->mirror->domain->shift]);
     uint32_t holders = uvas_holders(word) & ~(present ? 0u : (uint32_t)UVAS_PAGE_HOST);
-    return holders | (word & UVAS_LOST ? (uint32_t)UVAS_PAGE_LOST : 0u) | (holders & (holders - 1) ? (uint32_t)UVAS_PAGE_DUPLICATED : 0u);
+    return holders | (word & UVAS_BYTES_LOST ? (uint32_t)UVAS_PAGE_LOST : 0u) | (holders & (holders - 1) ? (uint32_t)UVAS_PAGE_DUPLICATED : 0u);
 }
 
 #define PAGES_AT_ONCE 512u

@@ -181,7 +181,7 @@ static int copy_out(const struct uvas_extent *run) {
 /* What was taken could not be put back: the first party to touch it is told. */
 static int lost_in_staging(const struct uvas_extent *run) {
     drop_staging(run);
-    uvas_publish(run, (run->word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED)) | UVAS_LOST);
+    uvas_publish(run, (run->word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED)) | UVAS_BYTES_LOST);
     (void)uvas_vm_drop_surely(uvas_extent_base(run), uvas_extent_bytes(run));
     return -EIO;
 }
@@ -408,7 +408,7 @@ static int lose(const struct uvas_extent *run) {
             uvas_residency_went(member_of(run, party), run);
         }
     }
-    uvas_publish(run, (run->word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED)) | UVAS_LOST);
+    uvas_publish(run, (run->word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED)) | UVAS_BYTES_LOST);
     return -EIO;
 }
 
@@ -430,7 +430,7 @@ static int bring(const struct uvas_extent *run, uint32_t party, bool write, stru
 
 int uvas_move(const struct uvas_extent *run, uint32_t party, bool write) {
     struct uvas_transition next = uvas_directory_next(run->word, party, write);
-    assert(run->word & UVAS_COMMITTED && !(run->word & UVAS_LOST));
+    assert(run->word & UVAS_COMMITTED && !(run->word & UVAS_BYTES_LOST));
     if (next.steps & UVAS_STEP_FILL) {
         return bring(run, party, write, &next);
     }
@@ -479,11 +479,11 @@ int uvas_move_discard(const struct uvas_extent *run) {
         word &= (holders >> party & 1) && punched == 0 ? ~(1u << party) : UINT32_MAX;
     }
     rc = rc < 0 ? rc : drop_host(run); /* and marks of what was lost */
-    if (rc == 0 && word & UVAS_LOST) {
+    if (rc == 0 && word & UVAS_BYTES_LOST) {
         forget_broken(run);
     }
     if (rc == 0) {
-        word = (word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED | UVAS_LOST)) | (run->mirror->armed ? 0u : UVAS_MODIFIED | 1u << UVAS_HOST);
+        word = (word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED | UVAS_BYTES_LOST)) | (run->mirror->armed ? 0u : UVAS_MODIFIED | 1u << UVAS_HOST);
     }
     uvas_publish(run, word);
     return rc;
@@ -515,7 +515,7 @@ static int poison(const struct uvas_extent *run, uint32_t party, uintptr_t addre
 int uvas_move_repair(struct uvas_mirror *mirror, uint32_t granule, uint32_t party, uintptr_t address) {
     struct uvas_extent run = uvas_extent_from(mirror, granule, 1);
     bool writable = (run.word & UVAS_MODIFIED) != 0;
-    if (run.word & UVAS_LOST) {
+    if (run.word & UVAS_BYTES_LOST) {
         return poison(&run, party, address);
     }
     if (party == UVAS_HOST) {

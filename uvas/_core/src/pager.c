@@ -183,7 +183,7 @@ static void bring_all(const struct parked *fault) {
         }
         struct uvas_extent run = uvas_extent_from(mirror, history->granule[i], 1);
         bool has = (run.word >> party & 1) && (!fault->write || run.word & UVAS_MODIFIED);
-        bool free = !(run.word & UVAS_LOST) && !kept(mirror, run.first, party, true, now) && (party == UVAS_HOST || !uvas_within(mirror->pinned, run.first));
+        bool free = !(run.word & UVAS_BYTES_LOST) && !kept(mirror, run.first, party, true, now) && (party == UVAS_HOST || !uvas_within(mirror->pinned, run.first));
         if (has || (free && bring(fault->member, &run, fault->write) == 0)) {
             keep(&run, OWN_US, 1);
             wake(fault->member, mirror, run.first, run.first + 1);
@@ -212,7 +212,7 @@ static bool serve(struct parked *fault, const struct parked *queue_end, uint32_t
         put_off(fault, now, rc);
         return false;
     }
-    if ((run.word & UVAS_LOST) || uvas_directory_next(run.word, party, fault->write).steps == 0) {
+    if ((run.word & UVAS_BYTES_LOST) || uvas_directory_next(run.word, party, fault->write).steps == 0) {
         rc = uvas_move_repair(mirror, fault->granule, party, fault->address);
         if (rc < 0) {
             put_off(fault, now, rc);
