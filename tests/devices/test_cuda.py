@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import pickle
 import subprocess
@@ -939,27 +938,6 @@ def fake_properties():
     properties.type = driver.enum("CUmemAllocationType", "CU_MEM_ALLOCATION_TYPE_PINNED")
     properties.location.type = driver.enum("CUmemLocationType", "CU_MEM_LOCATION_TYPE_HOST")
     return properties
-
-
-def test_the_benchmarks_table_and_its_evidence(plug, tmp_path, monkeypatch, capsys):
-    """As far as there is something to measure without a card: the claims of the driver's, against the bare calls."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    gpu, harness = (__import__(name) for name in ("gpu", "harness"))
-    fake = plug(FakeCard(VMM_CARD))
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(gpu, "TARGETS", {"G3": (gpu.reserving, 1), "G9": (gpu.reserving, 1e9)})
-    assert gpu.main() == 0
-    out = capsys.readouterr().out
-    assert out.startswith("Fake 0, driver 13010: {")
-    assert len([line for line in out.splitlines() if line.startswith("G3") and "uvas vmm" in line]) == 3
-    assert "left out: G9: no time" in out
-    content = json.loads((tmp_path / "gpu.json").read_text())
-    assert (content["card"], content["driver"]) == ("Fake 0", 13010)
-    bare = [row for row in content["rows"] if row["what"] == "the bare calls"]
-    assert [row["parameter"] >> 20 for row in bare] == [2, 64, 512]
-    assert all(row["low"] <= row["ns"] <= row["high"] for row in content["rows"])
-    assert any("cuda.core" in one for one in content["left_out"])
-    assert fake.mapped == {}
 
 
 @pytest.mark.parametrize("attributes", [HMM_CARD, REGISTER_CARD, VMM_CARD], ids=["hmm", "register", "vmm"])
