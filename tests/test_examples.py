@@ -133,12 +133,16 @@ def test_an_index_that_two_devices_probe() -> None:
 
 
 def test_a_plate_in_two_halves() -> None:
-    out = run(sys.executable, "-W", "error", str(EXAMPLES / "stencil.py"), "10", "128").splitlines()
-    assert out[0].endswith("1 MiB: 11111111111111112222222222222222")
-    assert re.fullmatch(r"after 10 steps: +1{15}[1+][2+]2{15}", out[1])
-    rows = re.search(r": (\d+\.\d) rows a step, of 128", out[2])
+    """Who has the rows at the border at the end, and how many were sent ahead, is a matter of who came first.
+
+    So the plate is large: a row of the other half for each, every step, and never a part of it that counts.
+    """
+    out = run(sys.executable, "-W", "error", str(EXAMPLES / "stencil.py"), "10", "1024").splitlines()
+    assert out[0].endswith("8 MiB: 11111111111111112222222222222222")
+    assert re.fullmatch(r"after 10 steps: +1{15}[12+]{2}2{15}", out[1])
+    rows = re.search(r": (\d+\.\d) rows a step, of 1024", out[2])
     assert rows, out
-    assert 1 <= float(rows[1]) <= 16  # one row each way at least, and some that are sent ahead; not 128
+    assert 2 <= float(rows[1]) <= 64
     assert out[3].startswith("the same, to the bit, as the host alone: True")
 
 

@@ -19,6 +19,7 @@ SOURCES = PACKAGE / "_core" / "src"
 LAYERS = [  # from the ground up; a module imports from its own layer's left or from below
     {"uvas._core"},
     {"uvas.ranges", "uvas.interrupts"},
+    {"uvas.arguments"},
     {"uvas.errors", "uvas.protection", "uvas.leases"},
     {"uvas.devices.base"},
     {"uvas.devices"},
@@ -26,7 +27,7 @@ LAYERS = [  # from the ground up; a module imports from its own layer's left or 
     {"uvas.interop.view"},
     {"uvas.reservation"},
     {"uvas.ordered", "uvas.allocation"},
-    {"uvas.movement"},
+    {"uvas.movement", "uvas.audit"},
     {"uvas.space"},
     {"uvas.region", "uvas.measurement"},
     {"uvas.arena"},

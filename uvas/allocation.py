@@ -14,12 +14,13 @@ import numpy.typing as npt
 from uvas import ordered
 from uvas._core import allocation as core
 from uvas._core._allocation import Allocation as Allocation
+from uvas.arguments import as_elements, as_size
 from uvas.devices.adapter import raise_answer
 from uvas.errors import ReleasedError
 from uvas.interop.view import card_of, cupy_view
 from uvas.leases import find
 from uvas.ranges import Range
-from uvas.reservation import Reservation, as_elements, as_size
+from uvas.reservation import Reservation
 
 if TYPE_CHECKING:
     from uvas.arena import Arena

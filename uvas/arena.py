@@ -26,6 +26,7 @@ from uvas._core import allocation as core
 from uvas._core import fast, ffi, lib
 from uvas.allocation import Allocation as Allocation
 from uvas.allocation import arenas
+from uvas.arguments import as_choice, as_number, as_size
 from uvas.devices.adapter import raise_answer
 from uvas.devices.transport import address_of
 from uvas.errors import OutOfMemoryError, ReleasedError
@@ -35,7 +36,7 @@ from uvas.measurement import Measuring
 from uvas.ranges import Range
 from uvas.region import Region
 from uvas.reports import AllocationInfo, ArenaStats
-from uvas.reservation import Reservation, as_size
+from uvas.reservation import Reservation
 from uvas.space import AddressSpace
 
 Backing = Literal["auto", "none"]
@@ -173,16 +174,16 @@ class Arena(core.Allocator):
             raise TypeError(f"an arena lives in an AddressSpace or a Reservation, not in {home!r}")
         if not (options.space or options.reservation):
             raise ReleasedError(f"{home!r} has no addresses for an arena")
-        options.flags = _choice("backing", backing, _BACKINGS) | _choice("guard", guard, _GUARDS)
-        options.flags |= _choice("freed", freed, _FREED)
-        options.pages = _choice("pages", pages, _PAGES)
+        options.flags = as_choice("backing", backing, _BACKINGS) | as_choice("guard", guard, _GUARDS)
+        options.flags |= as_choice("freed", freed, _FREED)
+        options.pages = as_choice("pages", pages, _PAGES)
         if node is not None:
             options.flags |= lib.UVAS_ARENA_BIND
-            options.node = _number("node", node, 0, 1 << 16)
+            options.node = as_number("node", node, 0, 1 << 16)
         if limit is not None:
-            options.limit = _number("limit", limit, 1, 1 << 64)
+            options.limit = as_number("limit", limit, 1, 1 << 64)
         if growth is not None:
-            options.growth = _number("growth", growth, 1, 1 << 64)
+            options.growth = as_number("growth", growth, 1, 1 << 64)
         options.idle_ns = 0 if idle is None else _nanoseconds(idle)
         if exhausted is not None:
             options.exhausted, options.context = lib.uvas_py_exhausted, ffi.cast("void *", self._key)
@@ -455,19 +456,6 @@ def allocation_of(array_or_address: npt.NDArray[Any] | int) -> AllocationInfo | 
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------
-
-
-def _choice(option: str, value: str, choices: dict[str, int]) -> int:
-    if value not in choices:
-        raise ValueError(f"{value!r} is no {option}: {', '.join(choices)}")
-    return choices[value]
-
-
-def _number(option: str, value: object, least: int, below: int) -> int:
-    number = as_size(option, value)
-    if not least <= number < below:
-        raise ValueError(f"{option} is at least {least:#x} and below {below:#x}, not {number:#x}")
-    return number
 
 
 def _nanoseconds(seconds: float) -> int:

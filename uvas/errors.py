@@ -306,8 +306,12 @@ def _memory(record: Any, message: str) -> Exception:
 
 
 def _device(record: Any, message: str) -> Exception:
-    name = errno.errorcode.get(-record.code, "unknown")
-    return DeviceError(_text(record.what), record.code, name, _text(record.owner), message=message)
+    unrecoverable = record.code <= -lib.UVAS_UNRECOVERABLE
+    code = record.code + (lib.UVAS_UNRECOVERABLE if unrecoverable else 0)
+    name = errno.errorcode.get(-code, "unknown")
+    error = DeviceError(_text(record.what), code, name, _text(record.owner), message=message)
+    error.unrecoverable = unrecoverable
+    return error
 
 
 def _unsupported(record: Any, message: str) -> Exception:

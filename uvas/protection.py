@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from uvas._core import lib
+from uvas.arguments import as_choice
 
 PROTECTIONS: dict[str, int] = {
     "none": lib.UVAS_NONE,
@@ -24,10 +25,7 @@ def protection_bits(protection: str) -> int:
     ValueError
         There is no such protection.
     """
-    bits = PROTECTIONS.get(protection)
-    if bits is None:
-        raise ValueError(f"{protection!r} is no protection: {', '.join(PROTECTIONS)}")
-    return bits
+    return as_choice("protection", protection, PROTECTIONS)
 
 
 def protection_name(bits: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import sys
 import warnings
 import weakref
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from uvas._core import ffi, lib
+from uvas.arguments import as_elements, as_size
 from uvas.devices.adapter import located, raise_answer
 from uvas.interop.view import card_of, cupy_view
 from uvas.leases import Errand, Lease, ReservationTrace, enqueue, generation, live, start_reaper, work_off
@@ -28,67 +28,6 @@ if TYPE_CHECKING:
     from uvas.space import AddressSpace
 
 _SHARING = {"shared": lib.UVAS_SHARED, "private": lib.UVAS_PRIVATE}
-_ALL = 1 << 64
-
-
-def as_size(name: str, value: object) -> int:
-    """Return an integer that C can take, or say why not.
-
-    Raises
-    ------
-    TypeError
-        It is no integer (or a boolean).
-    ValueError
-        It is negative or does not fit in 64 bits.
-    """
-    if isinstance(value, bool):
-        raise TypeError(f"{name} is a number of bytes, not {value!r}")
-    try:
-        number = index(value)  # type: ignore[arg-type]  # this is the check
-    except TypeError:
-        raise TypeError(f"{name} is an integer, not {type(value).__name__}: {value!r}") from None
-    if not 0 <= number < _ALL:
-        raise ValueError(f"{name} is between 0 and 2^64, not {number:#x}")
-    return number
-
-
-def as_elements(
-    dtype: npt.DTypeLike, shape: int | Iterable[int] | None, start: int, room: int
-) -> tuple[np.dtype[Any], tuple[int, ...], int]:
-    """Return the type, the dimensions and the bytes of an array in memory that devices see.
-
-    Parameters
-    ----------
-    dtype, shape
-        Of the array; no shape: as many elements as there is room for.
-    start, room
-        The offset of the first byte, and that of the end.
-
-    Raises
-    ------
-    ValueError
-        It does not fit, or its elements have no size.
-    TypeError
-        Its elements hold Python objects, whose pointers mean nothing to anybody else.
-    """
-    kind = np.dtype(dtype)
-    if kind.hasobject or kind.kind == "T":
-        raise TypeError(f"{kind} elements are Python objects: their pointers mean nothing to a device")
-    if kind.itemsize == 0:
-        raise ValueError(f"{kind} elements have no size")
-    rest = max(0, room - start)
-    if shape is None:
-        dimensions: tuple[int, ...] = (rest // kind.itemsize,)
-    elif isinstance(shape, Iterable):
-        dimensions = tuple(as_size("dimension", one) for one in shape)
-    else:
-        dimensions = (as_size("shape", shape),)
-    size = kind.itemsize * math.prod(dimensions)
-    if size > room - start:
-        raise ValueError(
-            f"{dimensions} elements of {kind} are {size:#x} bytes: from offset {start:#x} there are {rest:#x}"
-        )
-    return kind, dimensions, size
 
 
 class _Held:

@@ -9,13 +9,15 @@ import warnings
 from collections.abc import Iterable
 from errno import EBUSY
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, NoReturn, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from uvas import movement as moving
 from uvas._core import ffi, lib
+from uvas.arguments import Window, as_choice, as_size, as_where, as_window
+from uvas.audit import inspect_space
 from uvas.devices.adapter import Party, raise_answer
 from uvas.devices.base import Device
 from uvas.errors import NotSupportedError, ReleasedError
@@ -23,21 +25,13 @@ from uvas.leases import Errand, enqueue, generation, live, start_reaper, work_of
 from uvas.leases import find as find_held
 from uvas.movement import Advice, MovementStats, Placeable
 from uvas.ranges import Range
-from uvas.reports import Finding, FindingKind, Report, SpaceStats
-from uvas.reservation import Adoption, Reservation, as_size
+from uvas.reports import Report, SpaceStats
+from uvas.reservation import Adoption, Reservation
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
 _BACKINGS = {"auto": 0, "anonymous": lib.UVAS_BACKING_ANONYMOUS, "memfd": lib.UVAS_BACKING_MEMFD}
-_FINDINGS: dict[int, FindingKind] = {
-    lib.UVAS_HOLE: "hole",
-    lib.UVAS_FOREIGN: "foreign",
-    lib.UVAS_CHANGED: "changed",
-    lib.UVAS_LOST: "lost",
-}
-_FIRST_FINDINGS = 64
-_Window = Range | tuple[int, int]
 _Held = TypeVar("_Held", Reservation, Adoption)
 
 os.register_at_fork(after_in_child=live.clear)
@@ -90,7 +84,7 @@ class AddressSpace:
         self,
         devices: Iterable[Device] = (),
         *,
-        window: _Window | None = None,
+        window: Window | None = None,
         name: str = "uvas",
         backing: Literal["auto", "anonymous", "memfd"] = "auto",
         tagged: bool = True,
@@ -101,17 +95,15 @@ class AddressSpace:
         )  # C writes the handle here: no signal can come between its making and its keeping
         self._generation = generation()
         self._name = name
-        self._window = _as_window(window)
+        self._window = as_window(window)
         self._parties: list[Party] = []
         self._retired = False
-        if backing not in _BACKINGS:
-            raise ValueError(f"{backing!r} is no backing: {', '.join(_BACKINGS)}")
         if not 0 < as_size("attempts", attempts) < 1 << 32:
             raise ValueError(f"attempts are at least 1, not {attempts}")
         label = ffi.new("char[]", name.encode())
         options = ffi.new("struct uvas_space_options *")
         options.name = label
-        options.backing = _BACKINGS[backing]
+        options.backing = as_choice("backing", backing, _BACKINGS)
         options.flags = 0 if tagged else lib.UVAS_UNTAGGED
         options.attempts = attempts
         if self._window:
@@ -135,7 +127,7 @@ class AddressSpace:
         size: int,
         *,
         at: int | None = None,
-        window: _Window | None = None,
+        window: Window | None = None,
         align: int | None = None,
         name: str | None = None,
     ) -> Reservation:
@@ -183,7 +175,7 @@ class AddressSpace:
         if at is None and window is None and align is None and name is None:
             code = lib.uvas_reserve(self._cell[0], size, ffi.NULL, held._cell)
         else:
-            where, _alive = _as_where(at, window, align, name)
+            where, _alive = as_where(at, window, align, name)
             code = lib.uvas_reserve(self._cell[0], size, where, held._cell)
         if code < 0:
             raise raise_answer(code)
@@ -609,63 +601,3 @@ class AddressSpace:
             return f"<AddressSpace {self._name!r}, closed>"
         devices = ", ".join(party.info.name for party in self._parties)
         return f"<AddressSpace {self._name!r}{f' with {devices}' if devices else ''}>"
-
-
-def inspect_space(space: int, inspect: Any) -> Report:
-    """Let the core audit or heal a space, by its handle.
-
-    Raises
-    ------
-    NotSupportedError
-        ``/proc`` is not mounted.
-    ReleasedError
-        The space has been closed.
-    """
-    capacity = _FIRST_FINDINGS
-    count = ffi.new("size_t *")
-    while True:
-        findings = ffi.new("struct uvas_finding[]", capacity)
-        code = inspect(space, findings, capacity, count)
-        if code < 0:
-            raise raise_answer(code)
-        if count[0] <= capacity or inspect == lib.uvas_heal:
-            return Report(tuple(map(_as_finding, findings[0 : min(count[0], capacity)])), count[0])
-        capacity = 2 * count[0]
-
-
-def _as_window(window: _Window | None) -> Range | None:
-    if window is None or isinstance(window, Range):
-        return window
-    base, size = window
-    return Range(as_size("the window's base", base), as_size("the window's size", size))
-
-
-def _as_where(at: int | None, window: _Window | None, align: int | None, name: str | None) -> tuple[Any, Any]:
-    """Return the ``struct uvas_where``, and what must live as long as it."""
-    where = ffi.new("struct uvas_where *")
-    if at is not None:
-        where.at = as_size("at", at)
-        if not where.at:
-            raise ValueError("the address 0 is nobody's to have")
-    inside = _as_window(window)
-    if inside is not None:
-        where.window_base, where.window_size = inside.base, inside.size
-    if align is not None:
-        where.align = as_size("the alignment", align)
-        if not where.align:
-            raise ValueError("the alignment 0x0 is not a power of two")
-    label = ffi.new("char[]", name.encode()) if name is not None else ffi.NULL
-    where.name = label
-    return where, label
-
-
-def _as_finding(finding: Any) -> Finding:
-    held = live.get(finding.reservation, lambda: None)()
-    return Finding(
-        range=Range(finding.base, finding.size),
-        kind=_FINDINGS[finding.kind],
-        reservation=held if isinstance(held, Reservation) else None,
-        committed=bool(finding.committed),
-        healed=bool(finding.healed),
-        owner=ffi.string(finding.owner).decode(errors="backslashreplace"),
-    )

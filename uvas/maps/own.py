@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from uvas._core import ffi, lib
+from uvas.audit import inspect_space
 from uvas.errors import ReleasedError
 from uvas.maps.kernel import Mapping, read_mappings
 from uvas.maps.rows import MapRow
 from uvas.protection import protection_name
 from uvas.ranges import Range, first_above
 from uvas.reports import Finding
-from uvas.space import inspect_space
 
 _NAME_BYTES = 64
 _PIECES = 64

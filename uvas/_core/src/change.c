@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "failure.h"
+#include "mirrors.h"
 
 #define ROOM_STEP 8u
 

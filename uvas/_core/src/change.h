@@ -15,7 +15,6 @@
 #ifndef UVAS_CHANGE_H
 #define UVAS_CHANGE_H
 
-#include "mirrors.h"
 #include "space.h"
 
 /* -- change.c -- */

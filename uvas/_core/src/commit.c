@@ -7,6 +7,7 @@
 #include "change.h"
 #include "failure.h"
 #include "limits.h"
+#include "mirrors.h"
 
 /* ---- what a part becomes ----------------------------------------------------------------------------------------------------------------------- */
 

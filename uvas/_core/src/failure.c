@@ -122,7 +122,8 @@ int uvas_fail_device(uintptr_t base, size_t size, const char *device, const char
     struct uvas_failure *failure = fail_at(UVAS_FAILURE_DEVICE, code, base, size);
     (void)snprintf(failure->what, sizeof failure->what, "%s", call);
     (void)snprintf(failure->owner, sizeof failure->owner, "%s", device);
-    return uvas_fail_say(failure, "device %s answered %d (%s) to %s of [0x%lx, 0x%lx)", device, code, strerror(-code), call, base, base + size);
+    int answer = code <= -UVAS_UNRECOVERABLE ? code + UVAS_UNRECOVERABLE : code;
+    return uvas_fail_say(failure, "device %s answered %d (%s) to %s of [0x%lx, 0x%lx)", device, answer, strerror(-answer), call, base, base + size);
 }
 
 int uvas_fail_system(uintptr_t base, size_t size, const char *call, int code) {

@@ -5,6 +5,7 @@
 #include "change.h"
 #include "failure.h"
 #include "limits.h"
+#include "mirrors.h"
 
 static int check_mapping(const struct uvas_record *record, const struct uvas_mapping *mapping, const struct uvas_file *file) {
     size_t unit = file->id.block_size;
