@@ -262,8 +262,8 @@ class CudaDevice:
 
         What spaces have of it stays until they give it back: an array may live longer than the device's ``with`` block.
         """
-        if isinstance(self._strategy, Vmm) and self._fixed is None and driver.usable():
-            self._strategy.abandon()
+        if isinstance(self._strategy, Vmm) and driver.usable():
+            self._strategy.abandon(claims=self._fixed is None)
         self.card.close()
 
     def __enter__(self) -> CudaDevice:

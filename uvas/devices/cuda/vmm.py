@@ -474,10 +474,10 @@ class Vmm(Strategy):
         """Whether all that is mapped there lies on the host."""
         return all(mapping.memory.place == "host" for mapping in self._mappings(range))
 
-    def abandon(self) -> None:
-        """Give back, as far as the driver takes it, what this card owns. For a device that is closed."""
+    def abandon(self, *, claims: bool) -> None:
+        """Give back, as far as the driver takes it, what nobody has, and the card's claims too. For its close."""
         with book.lock:
-            owned = [one for one in book.claims.touching(self.window) if one.owner is self.card]
+            owned = [one for one in book.claims.touching(self.window) if claims and one.owner is self.card]
         for claim in owned:
             with suppress(DeviceError):
                 self.unclaim(claim.range)
