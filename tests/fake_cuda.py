@@ -595,7 +595,7 @@ def _convert(bindings: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     key = bindings.__name__, *map(type, arguments)
     if key in _converted or hasattr(bindings, "fake") or _driver_there():
         return
-    with pytest.raises(RuntimeError, match="libcuda|NVIDIA driver library"):
+    with pytest.raises(RuntimeError, match=r"libcuda|NVIDIA driver library"):
         bindings(*arguments)
     _converted.add(key)
 
