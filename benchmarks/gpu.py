@@ -1,9 +1,9 @@
 """GPUs: what each strategy of CudaDevice costs, beside its peers, in one run: ``python benchmarks/gpu.py [--quick]``.
 
 Needs a CUDA GPU and ``pip install 'uvas[cuda]'``; peers that are not installed (torch, rmm, cuda-core) are left out,
-and it is said. Lines appear as they are measured, so that a crash of a driver loses nothing that was seen; the evidence
-is ``results/gpu.json``. Ends in under five minutes: what does not fit is left out, and it is said. Without a GPU it
-says what is missing and ends well.
+and it is said. Each peer runs in a process of its own, and they take turns: what crashes or hangs loses its own rows.
+Lines appear as they are measured, and the evidence, ``results/gpu.json``, is written anew after each target. Ends in
+under five minutes: what does not fit is left out, and it is said. Without a GPU it says what is missing and ends well.
 
   G1  bandwidth of a kernel that copies     G4  moving pages by prefetch, each way
   G2  CuPy's allocations                    G5  a list followed by pointer; first touch
@@ -12,57 +12,146 @@ says what is missing and ends well.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import selectors
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-
-import numpy as np
-from gpu_peers import (
-    MIB,
-    CopyKernel,
-    Maker,
-    Memory,
-    allocators,
-    fresh_memories,
-    memories,
-    pinned_copy,
-    reservers,
-    walk_kernel,
-)
-from harness import Row, Sample, rows_of, sample, write
-
-import uvas
+from gpu_peers import MIB, NODES, peers
+from harness import Row, Sample, rows_of, write
 
 REPEATS = 5
 BUDGET_S = 280.0
-COPY_BYTES = 256 * MIB
-NODES = 20_000
-ROUND = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "gpu_round.py")]
+START_S = 90.0
+"""For a process to start: libraries of gigabytes are read from a cold disk."""
+ANSWER_S = 30.0
+COPY_BYTES = 512 * MIB
+HERE = Path(__file__).resolve().parent
+PEER = [sys.executable, str(HERE / "gpu_peer.py")]
+ROUND = [sys.executable, str(HERE / "gpu_round.py")]
 ROUNDS = 100
 ROUNDS_S = 60.0
 
 
-@dataclass
+class GoneError(Exception):
+    """A peer that cannot, has crashed, or hangs."""
+
+
+class Peer:
+    """A process with one of those who are compared.
+
+    Parameters
+    ----------
+    arguments
+        Of ``gpu_peer.py``.
+    """
+
+    def __init__(self, *arguments: str) -> None:
+        conf = {
+            "PYTORCH_ALLOC_CONF": "expandable_segments:True"
+        }  # a warning and no more to a torch that says it otherwise
+        self._process = subprocess.Popen(
+            [*PEER, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env=os.environ | conf,
+            start_new_session=True,
+        )
+
+    def ask(self, question: str, seconds: float = ANSWER_S) -> dict[str, Any]:
+        """Ask, and return the answer.
+
+        Raises
+        ------
+        GoneError
+            There is none in time, or it is an error.
+        """
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{question}\n".encode())  # type: ignore[union-attr]
+        return self.answer(seconds)
+
+    def answer(self, seconds: float = ANSWER_S) -> dict[str, Any]:
+        """Return the next answer; as `ask`."""
+        line, end = b"", time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
+            while not line.endswith(b"\n"):
+                if not selector.select(max(0.0, end - time.monotonic())):
+                    raise GoneError(f"no answer in {seconds:.0f} s")
+                some = os.read(self._process.stdout.fileno(), 1 << 16)  # type: ignore[union-attr]
+                if not some:
+                    raise GoneError(f"its process ended with {self.end()}")
+                line += some
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise GoneError(answer["error"])
+        return answer
+
+    def end(self) -> int | None:
+        """End the process; its code, or None where it does not end: nobody waits for a driver that hangs."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
+        for patience in (3.0, 5.0):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(patience)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is measured.
+
+    Parameters
+    ----------
+    name
+        As `gpu_peers.peers` has it.
+    parameters
+        With what, in turn.
+    count
+        How often for one sample.
+    seconds
+        That it may take.
+    """
+
+    name: str
+    parameters: tuple[int, ...]
+    count: int
+    seconds: float
+
+
+TARGETS = (
+    Target("G1", (COPY_BYTES,), 10, 25),
+    Target("G2", (512, 64 << 10, MIB, 64 * MIB, 1 << 30), 500, 40),
+    Target("G3", (2 * MIB, 64 * MIB, 512 * MIB), 5, 30),
+    Target("G4", (COPY_BYTES,), 1, 20),
+    Target("G5 walk", (NODES,), 1, 20),
+    Target("G5 touch", (COPY_BYTES // 16,), 1, 20),
+)
+
+
 class Run:
     """One run: what was measured, and how long it may go on."""
 
-    quick: bool = False
-    budget_s: float = BUDGET_S
-
-    def __post_init__(self) -> None:
+    def __init__(self, about: dict[str, Any], quick: bool) -> None:
+        self.about, self.quick = about, quick
         self.began = time.monotonic()
         self.samples: list[Sample] = []
         self.left_out: list[str] = []
 
     def fits(self, what: str, seconds: float) -> bool:
         """Whether there is time for it; otherwise it is noted."""
-        if time.monotonic() - self.began + seconds < self.budget_s:
+        if time.monotonic() - self.began + seconds < BUDGET_S:
             return True
         self.leave_out(what, "no time")
         return False
@@ -72,20 +161,71 @@ class Run:
         self.left_out.append(f"{what}: {why}")
         print(f"     left out: {what}: {why}", flush=True)
 
-    def measure(self, id: str, parameter: int, candidates: dict[str, Callable[[int], object]], count: int) -> None:
-        """Time all candidates in turn, and print a line for each."""
+    def save(self) -> None:
+        """Write what was seen."""
+        if self.samples:
+            seconds = round(time.monotonic() - self.began)
+            write("gpu", rows_of(self.samples), left_out=self.left_out, seconds=seconds, **self.about)
+
+    def compare(self, target: Target) -> None:
+        """Let all peers of a target take turns, and print a line for each as it is known."""
+        processes = {name: Peer(target.name, name) for name in peers()[target.name]}
+        ready: dict[str, Peer] = {}
+        try:
+            for name, process in processes.items():
+                with self._one(target, name):
+                    process.answer(START_S)
+                    ready[name] = process
+            for parameter in target.parameters[:3] if self.quick else target.parameters:
+                self._turns(target, parameter, ready)
+        finally:
+            for process in processes.values():
+                process.end()
+
+    def _turns(self, target: Target, parameter: int, ready: dict[str, Peer]) -> None:
         taken: list[Sample] = []
-        for name, function in [*candidates.items()]:
-            try:
-                function(count)  # warm
-            except Exception as error:  # a peer that cannot: the others go on
-                self.leave_out(f"{id} {name}", error)
-                del candidates[name]
+
+        def each(question: str) -> None:
+            for name in [*ready]:
+                process = ready.pop(name)
+                with self._one(target, f"{name}, {parameter:,}"):
+                    answer = process.ask(question)
+                    ready[name] = process
+                    if "ns" in answer:
+                        taken.append(Sample(target.name[:2], f"{name}{target.name[2:]}", parameter, answer["ns"]))
+
+        each(f"prepare {parameter}")
         for _ in range(3 if self.quick else REPEATS):
-            taken += [sample(id, name, function, count, parameter) for name, function in candidates.items()]
+            each(f"run {target.count}")
         self.samples += taken
         for row in rows_of(taken):
             print(line_of(row), flush=True)
+
+    @contextlib.contextmanager
+    def _one(self, target: Target, who: str):  # type: ignore[no-untyped-def]
+        """Leave out who is gone."""
+        try:
+            yield
+        except GoneError as error:
+            self.leave_out(f"{target.name} {who}", error)
+
+    def contexts(self) -> None:
+        """G6: processes in which CuPy, and torch, come up while 8 threads reserve; nobody's bytes may change."""
+        began, done = time.monotonic(), 0
+        while done < (2 if self.quick else ROUNDS) and time.monotonic() - began < ROUNDS_S and self.fits("G6", 15):
+            try:
+                ended = subprocess.run(ROUND, capture_output=True, text=True, timeout=60, check=False)
+            except subprocess.TimeoutExpired:
+                self.leave_out(f"G6 round {done}", "not over in 60 s")
+                break
+            if ended.returncode:
+                self.leave_out(f"G6 round {done}: LOST", (ended.returncode, ended.stdout[-500:], ended.stderr[-500:]))
+                break
+            done += 1
+        print(f"G6   {done} rounds, nothing lost on either side", flush=True)
+        if done:
+            took = (time.monotonic() - began) * 1e9 / done
+            self.samples.append(Sample("G6", "rounds in which nothing was lost", done, took))
 
 
 def line_of(row: Row) -> str:
@@ -95,180 +235,27 @@ def line_of(row: Row) -> str:
     return f"{row.id:4} {row.what:44} {row.parameter:>14,} {row.ns / 1e3:14.2f} us {rate}  {spread}"
 
 
-# ---- the targets -----------------------------------------------------------------------------------------------------
-
-
-def bandwidth(run: Run) -> None:
-    """G1: the same kernel on every kind of memory."""
-    size = COPY_BYTES // (8 if run.quick else 1)
-    with ExitStack() as stack:
-        candidates: dict[str, Callable[[int], object]] = {}
-        for name, make in memories().items():
-            try:
-                candidates[name] = copying(stack.enter_context(make(2 * size)), size)
-            except Exception as error:
-                run.leave_out(f"G1 {name}", error)
-        run.measure("G1", 2 * size, candidates, 10)
-
-
-def copying(memory: Memory, size: int) -> Callable[[int], object]:
-    """Return what copies one half of a memory into the other; checked once."""
-    launch = CopyKernel()
-    launch(memory.address, memory.address + size, size)
-
-    def work(count: int) -> None:
-        for _ in range(count):
-            launch(memory.address, memory.address + size, size, wait=False)
-        launch.wait()
-
-    return work
-
-
-def allocation(run: Run) -> None:
-    """G2: allocate and free on one stream."""
-    sizes = (512, 64 << 10, MIB, 64 * MIB) if run.quick else (512, 64 << 10, MIB, 64 * MIB, 1 << 30)
-    with ExitStack() as stack:
-        makers = {}
-        for name, make in allocators().items():
-            try:
-                makers[name] = stack.enter_context(make())
-            except Exception as error:
-                run.leave_out(f"G2 {name}", error)
-        for size in sizes:
-            run.measure("G2", size, {name: repeating(one, size) for name, one in makers.items()}, 500)
-
-
-def repeating(function: Callable[[int], object], size: int) -> Callable[[int], object]:
-    """Return what does it so many times, with one size."""
-
-    def work(count: int) -> None:
-        for _ in range(count):
-            function(size)
-
-    return work
-
-
-def reserving(run: Run) -> None:
-    """G3: addresses, memory on the card, and both given back."""
-    with ExitStack() as stack:
-        makers = {}
-        for name, make in reservers().items():
-            try:
-                makers[name] = stack.enter_context(make())
-            except Exception as error:
-                run.leave_out(f"G3 {name}", error)
-        for size in (2 * MIB, 64 * MIB, 512 * MIB):
-            run.measure("G3", size, {name: repeating(one, size) for name, one in makers.items()}, 5)
-
-
-def moving(run: Run) -> None:
-    """G4: pages to the card and back."""
-    size = COPY_BYTES // (8 if run.quick else 1)
-    with uvas.CudaDevice(strategy="hmm") as device, uvas.AddressSpace([device]) as space, space.reserve(size) as held:
-        held.commit(populate=True)
-
-        def there(count: int) -> None:
-            for _ in range(count):
-                space.prefetch(held, device)
-                space.prefetch(held, "host")
-
-        with pinned_copy(size) as copy:
-            candidates = {"uvas hmm: prefetch, there and back": there, "memcpyAsync, pinned, both ways": copy}
-            run.measure("G4", 2 * size, candidates, 1)
-
-
-def following(run: Run) -> None:
-    """G5: a list that the host has linked, followed by one thread of the card, and fresh pages that it touches."""
-    with ExitStack() as stack:
-        candidates: dict[str, Callable[[int], object]] = {}
-        for name, make in memories().items():
-            try:
-                memory = stack.enter_context(make(16 * NODES))
-                memory.host("u8")[: 2 * NODES] = linked(memory.address)
-            except Exception as error:  # memory that the host cannot touch among them
-                run.leave_out(f"G5 {name}", error)
-                continue
-            candidates[f"walk, {name}"] = walk_kernel(memory.address, sum(range(NODES)))
-        run.measure("G5", NODES, candidates, 1)
-    size = COPY_BYTES // (32 if run.quick else 8)
-    touched = {f"first touch, {name}": touching(make, size) for name, make in fresh_memories().items()}
-    run.measure("G5", size, touched, 1)
-
-
-def touching(make: Maker, size: int) -> Callable[[int], object]:
-    """Return what lets a kernel write memory that nobody has touched, so many times."""
-
-    def work(count: int) -> None:
-        launch = CopyKernel()
-        for _ in range(count):
-            with make(size) as memory:
-                launch(memory.address, memory.address + size // 2, size // 2)
-
-    return work
-
-
-def linked(base: int) -> np.ndarray:
-    """Return nodes (next, value), shuffled, the first at the base."""
-    order = np.concatenate([[0], 1 + np.random.default_rng(1).permutation(NODES - 1)])
-    nodes = np.zeros((NODES, 2), np.uint64)
-    nodes[order[:-1], 0] = base + 16 * order[1:].astype(np.uint64)
-    nodes[order, 1] = np.arange(NODES)
-    return nodes.reshape(-1)
-
-
-def contexts(run: Run) -> None:
-    """G6: processes in which CuPy, and torch, come up while 8 threads reserve; nobody's bytes may change."""
-    began, done = time.monotonic(), 0
-    while done < (5 if run.quick else ROUNDS) and time.monotonic() - began < ROUNDS_S and run.fits("G6", 15):
-        ended = subprocess.run(ROUND, capture_output=True, text=True, timeout=120, check=False)
-        if ended.returncode:
-            raise SystemExit(f"G6: round {done} lost something: {ended.stdout}{ended.stderr}")
-        done += 1
-    print(f"G6   {done} rounds, nothing lost on either side", flush=True)
-    took = (time.monotonic() - began) * 1e9 / max(done, 1)
-    run.samples.append(Sample("G6", "rounds in which nothing was lost", done, took))
-
-
-TARGETS: dict[str, tuple[Callable[[Run], None], float]] = {
-    "G1": (bandwidth, 20),
-    "G2": (allocation, 40),
-    "G3": (reserving, 30),
-    "G4": (moving, 20),
-    "G5": (following, 20),
-    "G6": (contexts, 20),
-}
-"""Each with the seconds that it may take."""
-
-
-@contextmanager
-def evidence(run: Run, about: dict[str, object]) -> Iterator[None]:
-    """Write what was seen, however it ends."""
-    try:
-        yield
-    finally:
-        if run.samples:
-            seconds = round(time.monotonic() - run.began)
-            write("gpu", rows_of(run.samples), left_out=run.left_out, seconds=seconds, **about)
-
-
 def main() -> int:
     """Measure what there is."""
+    asked = Peer("about")
     try:
-        with uvas.CudaDevice() as device:
-            about = {"card": device.info.details["model"], "driver": device.info.details["driver"]}
-            about["attributes"] = device.info.details["attributes"]
-    except uvas.NotSupportedError as missing:
-        print(f"nothing is measured: {missing}")
+        about = asked.answer(START_S)
+    except GoneError as error:
+        print(f"nothing is measured: {error}")
+        return 1
+    finally:
+        asked.end()
+    if "missing" in about:
+        print(f"nothing is measured: {about['missing']}")
         return 0
     print(f"{about['card']}, driver {about['driver']}: {about['attributes']}", flush=True)
-    run = Run(quick="--quick" in sys.argv[1:])
-    with evidence(run, about):
-        for id, (target, seconds) in TARGETS.items():
-            if run.fits(id, seconds):
-                try:
-                    target(run)
-                except (uvas.UvasError, OSError, MemoryError, ImportError) as error:
-                    run.leave_out(id, error)
+    run = Run(about, quick="--quick" in sys.argv[1:])
+    for target in TARGETS:
+        if run.fits(target.name, target.seconds):
+            run.compare(target)
+            run.save()
+    run.contexts()
+    run.save()
     return 0
 
 

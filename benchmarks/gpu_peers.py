@@ -1,9 +1,15 @@
-"""The memories, allocators and reservers that gpu.py compares: uvas's and others', each behind a few lines."""
+"""What gpu.py compares: memories, allocators and reservers, uvas's and others', each behind a few lines.
+
+A *peer* is a context manager that gives ``prepare(parameter)``, which returns what does the work so many times. What
+returns a number has measured itself, in nanoseconds. Each runs in a process of its own (`gpu_peer.py`).
+"""
 
 from __future__ import annotations
 
+import ctypes
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +18,9 @@ import numpy as np
 import uvas
 
 MIB = 1 << 20
+NODES = 20_000
+Work = Callable[[int], object]
+Peer = Callable[[], AbstractContextManager[Callable[[int], Work]]]
 _POOL_BYTES = 2 << 30
 
 _COPY = r"""
@@ -51,12 +60,21 @@ class Memory:
 Maker = Callable[[int], AbstractContextManager[Memory]]
 
 
+def enough(size: int) -> None:
+    """Refuse to ask for pages that the card would have to move away again: that can stop it."""
+    import cupy
+
+    free = int(cupy.cuda.runtime.memGetInfo()[0])
+    if size > free // 2:
+        raise MemoryError(f"{size:#x} bytes are more than half of what the card has free, {free:#x}")
+
+
 def memories() -> dict[str, Maker]:
     """Every kind of memory, by name; the peers first."""
     return {
         "cudaMalloc": _of_cupy(lambda cupy, size: cupy.cuda.memory.Memory(size), on_host=False),
         "cudaMallocHost": _pinned,
-        "cudaMallocManaged": _of_cupy(lambda cupy, size: cupy.cuda.memory.ManagedMemory(size), on_host=True),
+        "cudaMallocManaged": _managed,
         "uvas hmm": _of_uvas("hmm"),
         "uvas register": _of_uvas("register"),
         "uvas vmm, on the host": _of_uvas("vmm"),
@@ -66,8 +84,7 @@ def memories() -> dict[str, Maker]:
 
 def fresh_memories() -> dict[str, Maker]:
     """Memory whose pages nobody has touched, and that the card may touch first."""
-    managed = _of_cupy(lambda cupy, size: cupy.cuda.memory.ManagedMemory(size), on_host=True)
-    return {"cudaMallocManaged": managed, "uvas hmm": _of_uvas("hmm", fresh=True)}
+    return {"cudaMallocManaged": _managed, "uvas hmm": _of_uvas("hmm", fresh=True)}
 
 
 def _of_cupy(make: Callable[[Any, int], Any], on_host: bool) -> Maker:
@@ -82,6 +99,15 @@ def _of_cupy(make: Callable[[Any, int], Any], on_host: bool) -> Maker:
 
 
 @contextmanager
+def _managed(size: int) -> Iterator[Memory]:
+    import cupy
+
+    enough(size)
+    memory = cupy.cuda.memory.ManagedMemory(size)
+    yield Memory(memory.ptr, size, memory)
+
+
+@contextmanager
 def _pinned(size: int) -> Iterator[Memory]:
     import cupy
 
@@ -92,6 +118,8 @@ def _pinned(size: int) -> Iterator[Memory]:
 def _of_uvas(strategy: str, on_card: bool = False, fresh: bool = False) -> Maker:
     @contextmanager
     def maker(size: int) -> Iterator[Memory]:
+        if strategy == "hmm":
+            enough(size)
         with (
             uvas.CudaDevice(strategy=strategy) as device,  # type: ignore[arg-type]
             uvas.AddressSpace([device]) as space,
@@ -126,39 +154,142 @@ class CopyKernel:
         self._stream.synchronize()
 
 
-def walk_kernel(address: int, expected: int) -> Callable[[int], object]:
-    """Return what follows a list so many times, and checks the sum once."""
+# ---- what is done with memory ----------------------------------------------------------------------------------------
+
+
+def _copying(make: Maker) -> Peer:
+    """Copy one half of it into the other, by a kernel."""
+
+    @contextmanager
+    def peer() -> Iterator[Callable[[int], Work]]:
+        with ExitStack() as stack:
+
+            def prepare(size: int) -> Work:
+                memory, half, launch = stack.enter_context(make(size)), size // 2, CopyKernel()
+                _check_copy(memory, half, launch)
+
+                def work(count: int) -> None:
+                    for _ in range(count):
+                        launch(memory.address, memory.address + half, half, wait=False)
+                    launch.wait()
+
+                return work
+
+            yield prepare
+
+    return peer
+
+
+def _check_copy(memory: Memory, half: int, launch: CopyKernel) -> None:
     import cupy
 
-    kernel, total = cupy.RawKernel(_WALK, "walk"), cupy.zeros(1, "u8")
+    sides = [
+        cupy.ndarray((half // 8,), "u8", cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(at, half, memory.keep, 0), 0))
+        for at in (memory.address, memory.address + half)
+    ]
+    for side, value in zip(sides, (7, 1), strict=True):
+        side *= 0
+        side += value
+    launch(memory.address, memory.address + half, half)
+    if int(sides[1].sum()) != 7 * (half // 8):
+        raise AssertionError("the kernel has not copied")
 
-    def work(count: int) -> None:
-        for _ in range(count):
-            kernel((1,), (1,), (np.uint64(address), total))
-        if int(total[0]) != expected:
-            raise AssertionError(f"the list adds up to {int(total[0])}, not {expected}")
 
-    work(1)
-    return work
+def _walking(make: Maker) -> Peer:
+    """Follow a list that the host has linked, by one thread of the card; its sum is checked."""
+
+    @contextmanager
+    def peer() -> Iterator[Callable[[int], Work]]:
+        import cupy
+
+        with ExitStack() as stack:
+
+            def prepare(nodes: int) -> Work:
+                memory = stack.enter_context(make(16 * nodes))
+                memory.host("u8")[: 2 * nodes] = linked(memory.address, nodes)
+                kernel, total = cupy.RawKernel(_WALK, "walk"), cupy.zeros(1, "u8")
+
+                def work(count: int) -> None:
+                    for _ in range(count):
+                        kernel((1,), (1,), (np.uint64(memory.address), total))
+                    if int(total[0]) != sum(range(nodes)):
+                        raise AssertionError(f"the list adds up to {int(total[0])}, not {sum(range(nodes))}")
+
+                return work
+
+            yield prepare
+
+    return peer
+
+
+def linked(base: int, nodes: int) -> np.ndarray:
+    """Return nodes (next, value), shuffled, the first at the base."""
+    order = np.concatenate([[0], 1 + np.random.default_rng(1).permutation(nodes - 1)])
+    list_of = np.zeros((nodes, 2), np.uint64)
+    list_of[order[:-1], 0] = base + 16 * order[1:].astype(np.uint64)
+    list_of[order, 1] = np.arange(nodes)
+    return list_of.reshape(-1)
+
+
+def _touching(make: Maker) -> Peer:
+    """Let a kernel write and read memory that nobody has touched; making the memory is not measured."""
+
+    @contextmanager
+    def peer() -> Iterator[Callable[[int], Work]]:
+        launch = CopyKernel()
+
+        def prepare(size: int) -> Work:
+            def work(count: int) -> float:
+                took = 0
+                for _ in range(count):
+                    with make(size) as memory:
+                        began = time.perf_counter_ns()
+                        launch(memory.address, memory.address + size // 2, size // 2)
+                        took += time.perf_counter_ns() - began
+                return took / count
+
+            return work
+
+        yield prepare
+
+    return peer
 
 
 @contextmanager
-def pinned_copy(size: int) -> Iterator[Callable[[int], object]]:
-    """Give what copies to the card and back from pinned memory."""
+def _prefetching() -> Iterator[Callable[[int], Work]]:
+    with uvas.CudaDevice(strategy="hmm") as device, uvas.AddressSpace([device]) as space, ExitStack() as stack:
+
+        def prepare(size: int) -> Work:
+            held = stack.enter_context(space.reserve(size // 2))
+            held.commit(populate=True)
+
+            def work(count: int) -> None:
+                for _ in range(count):
+                    space.prefetch(held, device)
+                    space.prefetch(held, "host")
+
+            return work
+
+        yield prepare
+
+
+@contextmanager
+def _copying_pinned() -> Iterator[Callable[[int], Work]]:
     import cupy
 
-    host, card = cupy.cuda.PinnedMemory(size), cupy.cuda.memory.Memory(size)
-    pointer, stream = cupy.cuda.MemoryPointer(card, 0), cupy.cuda.get_current_stream()
+    def prepare(size: int) -> Work:
+        host, card = cupy.cuda.PinnedMemory(size // 2), cupy.cuda.memory.Memory(size // 2)
+        pointer, stream = cupy.cuda.MemoryPointer(card, 0), cupy.cuda.get_current_stream()
 
-    def work(count: int) -> None:
-        import ctypes
+        def work(count: int) -> None:
+            for _ in range(count):
+                pointer.copy_from_host_async(ctypes.c_void_p(host.ptr), size // 2, stream)
+                pointer.copy_to_host_async(ctypes.c_void_p(host.ptr), size // 2, stream)
+            stream.synchronize()
 
-        for _ in range(count):
-            pointer.copy_from_host_async(ctypes.c_void_p(host.ptr), size, stream)
-            pointer.copy_to_host_async(ctypes.c_void_p(host.ptr), size, stream)
-        stream.synchronize()
+        return work
 
-    yield work
+    yield prepare
 
 
 # ---- allocators ------------------------------------------------------------------------------------------------------
@@ -200,7 +331,7 @@ def _cupy_pool() -> Iterator[Callable[[int], object]]:
 
 @contextmanager
 def _torch() -> Iterator[Callable[[int], object]]:
-    import torch
+    import torch  # PYTORCH_ALLOC_CONF has been set by who started this process
 
     torch.cuda.init()
     yield lambda size: torch.cuda.caching_allocator_delete(torch.cuda.caching_allocator_alloc(size))
@@ -259,9 +390,52 @@ def _bare_calls() -> Iterator[Callable[[int], object]]:
 
 @contextmanager
 def _cuda_core() -> Iterator[Callable[[int], object]]:
-    from cuda.core import Device, VirtualMemoryResource
+    try:
+        from cuda.core import Device, VirtualMemoryResource
+    except ImportError:  # before 1.0
+        from cuda.core.experimental import Device, VirtualMemoryResource
 
     device = Device(0)
     device.set_current()
     resource = VirtualMemoryResource(device)
     yield lambda size: resource.allocate(size).close()
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def _calling(make: Callable[[], AbstractContextManager[Callable[[int], object]]]) -> Peer:
+    """Call it with a size, and let go of what it returns."""
+
+    @contextmanager
+    def peer() -> Iterator[Callable[[int], Work]]:
+        with make() as call:
+
+            def prepare(size: int) -> Work:
+                def work(count: int) -> None:
+                    for _ in range(count):
+                        call(size)
+
+                return work
+
+            yield prepare
+
+    return peer
+
+
+def peers() -> dict[str, dict[str, Peer]]:
+    """Return who is compared with whom, by the target's letters."""
+    return {
+        "G1": {name: _copying(make) for name, make in memories().items()},
+        "G2": {name: _calling(make) for name, make in allocators().items()},
+        "G3": {name: _calling(make) for name, make in reservers().items()},
+        "G4": {
+            "uvas hmm: prefetch, there and back": _prefetching,
+            "memcpyAsync, pinned, both ways": _copying_pinned,
+        },
+        "G5 walk": {name: _walking(make) for name, make in memories().items() if name not in _ON_CARD},
+        "G5 touch": {name: _touching(make) for name, make in fresh_memories().items()},
+    }
+
+
+_ON_CARD = ("cudaMalloc", "uvas vmm, on the card")  # where the host cannot link a list

@@ -244,6 +244,11 @@ def _versions() -> dict[str, str]:
         "pyopencl",
         "pocl-binary-distribution",
         "ray",
+        "cupy-cuda13x",
+        "cuda-bindings",
+        "cuda-core",
+        "torch",
+        "rmm-cu13",
     )
     present = {one.metadata["Name"].lower(): one.version for one in importlib.metadata.distributions()}
     versions = {name: present[name] for name in packages if name in present}

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import mirror
 import pytest
-from cuda_evidence import Evidence
+from apart import REPORTS, Apart, Hooks, Reporter
+from cuda_evidence import Evidence, about
 from machine import mappings
 
 import uvas
@@ -28,8 +29,16 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = tempfile.mkdtemp(prefix="uvas-opencl-")
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     os.environ.update(POCL_CACHE_DIR=cache, PYOPENCL_NO_CACHE="1")
-    if config.option.markexpr == "cuda":
+    if REPORTS in os.environ:
+        config.pluginmanager.register(Reporter(int(os.environ[REPORTS]), about))
+        # What other libraries have to say of each other's versions is not what these tests are about.
+        config.addinivalue_line("filterwarnings", "default::DeprecationWarning")
+        config.addinivalue_line("filterwarnings", "default::FutureWarning")
+        config.addinivalue_line("filterwarnings", "default::UserWarning")
+    elif config.option.markexpr == "cuda":
+        config.pluginmanager.add_hookspecs(Hooks)
         config.pluginmanager.register(Evidence())
+        config.pluginmanager.register(Apart())
 
 
 def pytest_report_header() -> str:

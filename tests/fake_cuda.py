@@ -7,14 +7,17 @@ A *card* reads and writes by `read` and `write`, as a kernel would, and dies of 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
+import pytest
 from cuda.bindings import driver as cu
 from machine import libc, map_at, mappings, unmap
 
@@ -26,7 +29,7 @@ OLD_BYTES = b"\xa5old contents"
 _ANSWERS = cu.CUresult
 _PROTECTIONS = {0: 0, 1: mmap.PROT_READ, 3: mmap.PROT_READ | mmap.PROT_WRITE}
 
-HMM_CARD = {41: 1, 88: 1, 89: 1, 91: 1, 99: 1, 100: 0, 102: 1, 134: 0, 141: 1, 145: 1}
+HMM_CARD = {41: 1, 88: 1, 89: 1, 91: 1, 99: 1, 100: 0, 102: 1, 113: 1, 134: 0, 141: 1, 145: 1}
 """The attributes of a card that can everything."""
 REGISTER_CARD = HMM_CARD | {88: 0}
 VMM_CARD = HMM_CARD | {88: 0, 99: 0}
@@ -92,6 +95,14 @@ class FakeDriver:
         """Bases and sizes that the driver wants for itself, although nothing of the host's is there."""
         self.host_memory = 1 << 30
         self.capturing = False
+        """Whether a stream of somebody else's is being captured, in the mode that everybody must be careful of."""
+        self.apart = False
+        """Whether that stream waits for no default stream."""
+        self.spoiled: list[str] = []
+        """Calls that ended a capture."""
+        self.modes: dict[int, Any] = {}
+        self.home: dict[int, int] = {}
+        """The card of a stream or an event."""
         self.process = os.getpid()
         self.reserved: dict[int, int] = {}
         self.mapped: dict[int, Mapped] = {}
@@ -126,13 +137,16 @@ class FakeDriver:
         return self
 
     def _entry(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        bindings = getattr(cu, name)
+
         def entry(*arguments: Any) -> Any:
             assert os.getpid() == self.process, f"{name} in a forked child"
+            _convert(bindings, arguments)
             with self._lock:
                 self.calls.append(name)
                 self.made += 1
                 due = self._fail_at and (self.made == self._fail_at or (self._lasting and self.made > self._fail_at))
-                answer = self._answer if due else self._sticky(name) or function(*arguments)
+                answer = self._answer if due else self._sticky(name) or self._spoils(name) or function(*arguments)
             values = answer if isinstance(answer, tuple) else (answer,)
             # On failure what comes back besides is garbage.
             return values if not int(values[0]) else (values[0], *([0xDEAD_0000] * (_VALUES.get(name, 0))))
@@ -193,8 +207,6 @@ class FakeDriver:
 
     @staticmethod
     def _host_touch(address: int, size: int, data: bytes | None) -> bytes:
-        import ctypes
-
         if data is not None:
             ctypes.memmove(address, data, size)
         return ctypes.string_at(address, size)
@@ -261,14 +273,23 @@ class FakeDriver:
             return _ANSWERS.CUDA_ERROR_INVALID_CONTEXT if name.startswith(_WITH_CONTEXT) else None
         return self.cards[card].sticky
 
+    def _spoils(self, name: str) -> Any:
+        """What a call is answered that ends a capture; None: it does not."""
+        relaxed = self.modes.get(threading.get_ident()) == cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        harmless = name.startswith((*_WITHOUT_CONTEXT, "cuStreamIsCapturing", "cuStreamGetCtx", "cuEventDestroy"))
+        if not self.capturing or harmless or (relaxed and name != "cuCtxSynchronize"):
+            return None
+        self.spoiled.append(name)
+        return _ANSWERS.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+
     def cuCtxSynchronize(self) -> Any:
-        if self.capturing:
-            return _ANSWERS.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
         self.synchronized.append(self._current() or 0)
         return _OK
 
     def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> Any:
-        return _OK, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
+        before = self.modes.get(threading.get_ident(), cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
+        self.modes[threading.get_ident()] = mode
+        return _OK, before
 
     def cuMemGetInfo(self) -> Any:
         card = self.cards[self._current() or 0]
@@ -428,6 +449,12 @@ class FakeDriver:
 
     def cuMemHostRegister(self, address: Any, size: int, flags: int) -> Any:
         base = int(address)
+        assert not base % mmap.PAGESIZE
+        assert not size % mmap.PAGESIZE
+        if flags & ~0xF or not size:
+            return _ANSWERS.CUDA_ERROR_INVALID_VALUE
+        if flags & 8 and not self.cards[self._current() or 0].attributes.get(113):
+            return _ANSWERS.CUDA_ERROR_NOT_SUPPORTED
         if any(b < base + size and base < b + s for b, (s, _) in self.registered.items()):
             return _ANSWERS.CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED
         if size > self.host_memory:
@@ -458,12 +485,24 @@ class FakeDriver:
 
     def cuMemPrefetchAsync(self, address: Any, size: int, location: Any, flags: int, stream: Any) -> Any:
         assert int(stream) in self.streams
-        if flags or not self.cards[self._current() or 0].attributes[89]:
+        card = self._current() or 0
+        if flags or not self._may_move(int(address), size, location) or self.home[int(stream)] != card:
             return _ANSWERS.CUDA_ERROR_INVALID_VALUE
         self.prefetched.append((int(address), size, int(location.id) if int(location.type) == 1 else -1))
         return _OK
 
+    def _may_move(self, base: int, size: int, location: Any) -> bool:
+        """Whether it is memory of the host's, all of it there, and a place where it can be."""
+        there = [one for one in mappings(base, base + size) if one.permissions[:2] != "--"]
+        kind, number = int(location.type), int(location.id)
+        card = number if kind == 1 else self._current() or 0
+        able = 0 <= card < len(self.cards) and self.cards[card].attributes[88] and self.cards[card].attributes[89]
+        whole = sum(min(one.end, base + size) - max(one.start, base) for one in there) == size
+        return bool(kind in (1, 2) and able and whole and size)
+
     def cuMemAdvise(self, address: Any, size: int, advice: Any, location: Any) -> Any:
+        if not self._may_move(int(address), size, location):
+            return _ANSWERS.CUDA_ERROR_INVALID_VALUE
         self.advised.append((int(address), size, int(advice), int(location.id) if int(location.type) == 1 else -1))
         return _OK
 
@@ -472,9 +511,12 @@ class FakeDriver:
     def _number(self, kind: set[int]) -> Any:
         self._next += 1
         kind.add(self._next)
+        self.home[self._next] = self._current() or 0
         return _OK, (cu.CUstream if kind is self.streams else cu.CUevent)(self._next)
 
     def cuStreamCreate(self, flags: int) -> Any:
+        if flags not in (0, 1):
+            return _ANSWERS.CUDA_ERROR_INVALID_VALUE
         return self._number(self.streams)
 
     def cuStreamDestroy(self, stream: Any) -> Any:
@@ -486,9 +528,21 @@ class FakeDriver:
         return _OK
 
     def cuStreamIsCapturing(self, stream: Any) -> Any:
-        return _OK, cu.CUstreamCaptureStatus(int(self.capturing))
+        number = int(stream)
+        if number in (0, 1):
+            waits = self.capturing and not self.apart
+            return _ANSWERS.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT if waits else (_OK, _STATUS(0))
+        return _OK, _STATUS(int(self.capturing and number not in self.streams))
+
+    def cuStreamGetCtx(self, stream: Any) -> Any:
+        current = self._current()
+        if int(stream) < 3 and current is None:
+            return _ANSWERS.CUDA_ERROR_INVALID_CONTEXT
+        return _OK, cu.CUcontext(500 + (current if int(stream) < 3 else self.home.get(int(stream), 0)))
 
     def cuEventCreate(self, flags: int) -> Any:
+        if flags & ~7:
+            return _ANSWERS.CUDA_ERROR_INVALID_VALUE
         return self._number(self.events)
 
     def cuEventDestroy(self, event: Any) -> Any:
@@ -499,8 +553,10 @@ class FakeDriver:
 
     def cuEventRecord(self, event: Any, stream: Any) -> Any:
         assert int(event) in self.events
-        if self.capturing:
-            return _ANSWERS.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        if self.home[int(event)] != self.home.get(int(stream), self._current() or 0):
+            return _ANSWERS.CUDA_ERROR_INVALID_HANDLE
+        if self.capturing and int(stream) not in self.streams:
+            self.spoiled.append("cuEventRecord")  # it became a part of what is captured
         self.running[int(event)] = int(stream)
         return _OK
 
@@ -515,6 +571,7 @@ class FakeDriver:
 
 
 _OK = _ANSWERS.CUDA_SUCCESS
+_STATUS = cu.CUstreamCaptureStatus
 _WITHOUT_CONTEXT = ("cuInit", "cuDriver", "cuDevice", "cuCtxPush", "cuCtxPop", "cuThread")
 _WITH_CONTEXT = (
     "cuCtx",
@@ -526,11 +583,38 @@ _WITH_CONTEXT = (
     "cuStreamCreate",
     "cuEventCreate",
 )
+_converted: set[tuple[object, ...]] = set()
+
+
+def _convert(bindings: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Let the bindings make of the arguments what they would hand to a driver: they say what they do not take.
+
+    Once for each function and kinds of arguments, as they look for the driver then; on a machine that has one, nothing
+    is called.
+    """
+    key = bindings.__name__, *map(type, arguments)
+    if key in _converted or hasattr(bindings, "fake") or _driver_there():
+        return
+    with pytest.raises(RuntimeError, match=r"libcuda|NVIDIA driver library"):
+        bindings(*arguments)
+    _converted.add(key)
+
+
+@cache
+def _driver_there() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 _VALUES = {
     "cuDriverGetVersion": 1, "cuDeviceGetCount": 1, "cuDeviceGet": 1, "cuDeviceGetName": 1, "cuDeviceGetAttribute": 1,
     "cuDeviceCanAccessPeer": 1, "cuDevicePrimaryCtxRetain": 1, "cuCtxPopCurrent": 1, "cuMemGetInfo": 2,
     "cuThreadExchangeStreamCaptureMode": 1, "cuMemAddressReserve": 1, "cuMemGetAllocationGranularity": 1,
-    "cuMemCreate": 1, "cuMemHostGetDevicePointer": 1, "cuStreamCreate": 1, "cuStreamIsCapturing": 1, "cuEventCreate": 1,
+    "cuMemCreate": 1, "cuMemHostGetDevicePointer": 1, "cuStreamCreate": 1, "cuStreamIsCapturing": 1,
+    "cuStreamGetCtx": 1, "cuEventCreate": 1,
 }  # fmt: skip
 """How many values a function returns besides its answer."""
 
@@ -544,6 +628,7 @@ def fake_driver(patch: Any, *cards: FakeCard) -> Iterator[FakeDriver]:
     fake = FakeDriver(*cards).install(patch)
     try:
         yield fake
+        assert fake.spoiled == []
     finally:
         driver.forget()
         vmm.book.begin()

@@ -318,3 +318,37 @@ def test_cuda_examples_do_what_they_say_or_say_what_is_missing(name: str) -> Non
     out = run(sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"))
     done = {"cuda_list": "appended node 1001", "cuda_saxpy": "nothing copied", "cuda_prefetch": "through the card"}
     assert done[name] in out or out.startswith("this example needs a CUDA GPU: "), out
+
+
+ON_FAKES = """
+import gc, runpy, sys
+sys.path.insert(0, {tests!r})
+import fake_cuda, fake_cupy
+class Patch:
+    setattr = staticmethod(setattr)
+    setitem = staticmethod(lambda mapping, key, value: mapping.update({{key: value}}))
+fake = fake_cuda.FakeDriver(fake_cuda.FakeCard(dict(fake_cuda.{card}))).install(Patch)
+fake_cupy.install(Patch, fake)
+runpy.run_path({example!r}, run_name="__main__")
+gc.collect()  # its globals are in a cycle with its functions
+assert fake.leaks() == [], fake.leaks()
+"""
+
+
+@pytest.mark.parametrize("card", ["HMM_CARD", "REGISTER_CARD", "VMM_CARD"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cuda_list", "the kernel followed 1000 pointers of the host's"),
+        ("cuda_saxpy", "y = 2 x + y over 1,048,576 floats"),
+        ("cuda_prefetch", "MiB went through the card"),
+    ],
+)
+def test_what_needs_a_card_works_over_the_fake_of_its_driver(name: str, said: str, card: str) -> None:
+    pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings: pip install 'uvas[test]'")
+    program = ON_FAKES.format(tests=str(Path(__file__).parent), card=card, example=str(EXAMPLES / f"{name}.py"))
+    out = run(sys.executable, "-W", "error", "-c", program)
+    if (name, card) in (("cuda_prefetch", "REGISTER_CARD"), ("cuda_prefetch", "VMM_CARD")):
+        assert "this example needs a CUDA GPU: CUDA device 0: hmm: cuda:0: the card cannot access" in out
+    else:
+        assert said in out

@@ -88,3 +88,13 @@ def test_c(tmp_path: Path) -> None:
     flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{uvas.get_include()}", f"-Wl,-rpath,{library.parent}"]
     run("cc", *flags, str(source), str(library), "-o", str(program))
     assert run(str(program)) == ""
+
+
+@pytest.mark.parametrize("strategy", ["hmm", "register", "vmm"])
+def test_the_table_of_devices_says_what_hardware_has_shown(strategy: str) -> None:
+    (row,) = [one for one in README.splitlines() if one.startswith(f'| `CudaDevice(strategy="{strategy}")`')]
+    evidence = Path(__file__).parent.parent / "benchmarks" / "results" / "cuda_tests.json"
+    if evidence.exists():
+        assert f"benchmarks/results/{evidence.name}" in row
+    else:
+        assert "not yet seen on hardware" in row

@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from uvas._core._allocation import Hold
-from uvas.devices.cuda.marks import Mark
+from uvas.devices.cuda.marks import Mark, card_of
 from uvas.errors import NotSupportedError, ReleasedError, UvasError
 from uvas.leases import Trace, find, work_off
 
@@ -98,12 +98,11 @@ os.register_at_fork(after_in_child=_process.begin)
 def _marks(base: int, streams: Iterable[object]) -> Iterable[Mark]:
     held = find(base)
     devices = held.space.devices if held is not None else ()
-    cards = {one.card.ordinal: one.card for one in devices if one.info.details.get("api") == "cuda"}  # type: ignore[attr-defined]
+    cards = [one.card for one in devices if one.info.details.get("api") == "cuda"]  # type: ignore[attr-defined]
     if not cards:
         raise NotSupportedError("an order after a stream", f"no CUDA device sees {base:#x}", "free it without an order")
     for stream in streams:
-        number = getattr(stream, "device_id", -1)
-        yield Mark(cards.get(number, next(iter(cards.values()))), stream)
+        yield Mark(card_of(cards, stream), stream)
 
 
 def _add(marks: list[Mark | _Later], arena_id: int, holder: object) -> None:

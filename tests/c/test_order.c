@@ -87,6 +87,37 @@ static void streams_keep_their_own(void) {
     close_order(order);
 }
 
+static void *allocate_and_free(void *order) {
+    stream = 2;
+    void *block = uvas_order_malloc(order, 1000, 0);
+    CHECK(block);
+    uvas_order_free(order, block, 0);
+    return block;
+}
+
+/* The number of a stream does not always tell it: the default one of each device is 0, and each thread has a stream of its own that is called 2. */
+static void streams_of_one_number(void) {
+    struct uvas_order *order = open_order(0, NULL);
+    stream = 0;
+    void *first = uvas_order_malloc(order, 1000, 0);
+    uvas_order_free(order, first, 0);
+    void *second = uvas_order_malloc(order, 1000, 1);
+    CHECK(first && second && second != first);
+    uvas_order_free(order, second, 0); /* it is device 1's, whoever frees it */
+    CHECK(uvas_order_malloc(order, 1000, 0) == first && uvas_order_malloc(order, 1000, 1) == second);
+    uvas_order_free(order, first, 0);
+    uvas_order_free(order, second, 1);
+    void *mine = allocate_and_free(order), *others[2];
+    for (int i = 0; i < 2; i++) { /* one after the other: the second may well live where the first did */
+        pthread_t thread;
+        CHECK_OK(pthread_create(&thread, NULL, allocate_and_free, order));
+        CHECK_OK(pthread_join(thread, &others[i]));
+    }
+    CHECK(others[0] != mine && others[1] != mine && others[0] != others[1]);
+    CHECK(allocate_and_free(order) == mine && stats_of(order).kept_blocks == 5);
+    close_order(order);
+}
+
 static void no_memory(void) {
     struct uvas_order *order = NULL;
     order = open_order(8 * MIB, &order);
@@ -150,6 +181,7 @@ static void threads(void) {
 
 int main(void) {
     streams_keep_their_own();
+    streams_of_one_number();
     no_memory();
     threads();
     puts("test_order: good");

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import gc
 import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from machine import MIB, PAGE, Stranger, mappings
+from machine import KERNELS, MIB, PAGE, Stranger, kernel, mappings
 
 import uvas
 
@@ -313,6 +314,19 @@ def test_register_changes_only_as_a_whole_what_was_committed_at_once(plug):
         held.commit(4 * PAGE, 2 * PAGE)
         held.decommit(0, 6 * PAGE)  # two at once
         assert fake.registered == {}
+
+
+def test_register_has_no_read_only_memory_where_the_card_takes_none(plug):
+    fake = plug(*cards(REGISTER_CARD | {113: 0}))
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(8 * PAGE) as held:
+        held.commit(0, 4 * PAGE)
+        before = fake.table(), fake.calls.count("cuMemHostUnregister")
+        with pytest.raises(uvas.NotSupportedError, match="read-only memory"):
+            held.protect(0, 4 * PAGE, "r")
+        with pytest.raises(uvas.NotSupportedError, match="read-only memory"):
+            held.commit(4 * PAGE, PAGE, protection="r")
+        assert (fake.table(), fake.calls.count("cuMemHostUnregister")) == before
+        held.numpy("u1", 4 * PAGE)[:] = 1
 
 
 def test_register_refuses_an_address_of_the_cards_own(plug):
@@ -711,15 +725,66 @@ def test_a_card_that_dies_names_what_was_its_own(plug):
         fake.cards[0].sticky = None  # so that this process can go on
 
 
-def test_nothing_is_taken_away_during_a_capture(plug):
+def test_nothing_is_taken_away_during_a_capture_which_goes_on(plug):
     fake = plug(FakeCard())
     with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(PAGE) as held:
         held.commit()
         fake.capturing = True
         with pytest.raises(uvas.DeviceError, match="CAPTURE_UNSUPPORTED"):
             held.decommit()
+        assert fake.spoiled == []
         fake.capturing = False
         held.numpy("u1")[:] = 1
+
+
+def test_a_capture_that_does_not_show_is_the_drivers_to_tell_of(plug):
+    fake = plug(FakeCard())
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(PAGE) as held:
+        held.commit()
+        fake.capturing = fake.apart = True
+        with pytest.raises(uvas.DeviceError, match="CAPTURE_UNSUPPORTED"):
+            held.decommit()
+        assert fake.spoiled == ["cuCtxSynchronize"]  # as any library's wait for the card would
+        fake.capturing = False
+        fake.spoiled.clear()
+        held.numpy("u1")[:] = 1
+
+
+@pytest.mark.parametrize("attributes", [HMM_CARD, REGISTER_CARD, VMM_CARD], ids=["hmm", "register", "vmm"])
+def test_memory_is_made_during_a_capture(plug, attributes):
+    fake = plug(FakeCard(dict(attributes)))
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space:
+        fake.capturing = True
+        held = space.reserve(2 * UNIT)
+        held.commit(0, UNIT)
+        assert fake.spoiled == []
+        fake.capturing = False
+        held.release()
+
+
+def test_an_answer_that_comes_of_the_machine_is_no_loss(plug):
+    fake = plug(FakeCard())
+    with uvas.CudaDevice() as device:
+        answer = driver_module.CUresult.CUDA_ERROR_DEVICE_UNAVAILABLE  # somebody else's, for now
+        fake.fail(1, answer=answer)
+        with pytest.raises(uvas.DeviceError, match="DEVICE_UNAVAILABLE") as caught:
+            device.card.free_bytes()
+        assert not isinstance(caught.value, uvas.DeviceLostError)
+        assert not device.lost
+        assert device.card.free_bytes()
+
+
+def test_a_driver_that_is_older_than_the_bindings_says_what_it_lacks(plug, monkeypatch):
+    plug(FakeCard())
+
+    def missing(*arguments: object) -> None:
+        raise RuntimeError('Function "cuMemPrefetchAsync_v2" not found')
+
+    monkeypatch.setattr(driver_module, "cuMemPrefetchAsync", missing)
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(PAGE) as held:
+        held.commit()
+        with pytest.raises(uvas.NotSupportedError, match=r"cuMemPrefetchAsync_v2.*newer driver"):
+            space.prefetch(held, device)
 
 
 def in_child(check: Callable[[], None]) -> int:
@@ -766,6 +831,7 @@ def test_no_call_is_made_in_a_forked_child(plug, attributes):
 
 PROGRAM = """
 import sys
+import time
 sys.path[:0] = {paths!r}
 import uvas
 from fake_cuda import FakeCard, FakeDriver, VMM_CARD
@@ -802,6 +868,38 @@ def test_close_is_idempotent_and_gives_back_what_it_owns(plug):
     device.close()
     device.close()
     assert fake.leaks() == []
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("attributes", [HMM_CARD, REGISTER_CARD, VMM_CARD], ids=["hmm", "register", "vmm"])
+def test_cards_work_whatever_the_kernel_makes_of_the_flag(plug, attributes, name):
+    fake = plug(*cards(attributes))
+    with kernel(name), uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space:
+        there = [space.reserve(2 * UNIT) for _ in range(5)]
+        for held in there:
+            held.commit()
+            held.numpy("u8")[:] = held.base
+        assert fake.read(0, there[2].base, 8) == np.uint64(there[2].base).tobytes()
+        assert all((held.numpy("u8") == held.base).all() for held in there)
+        assert space.audit().findings == ()
+        for held in there:
+            held.release()
+
+
+@pytest.mark.parametrize("attributes", [HMM_CARD, REGISTER_CARD, VMM_CARD], ids=["hmm", "register", "vmm"])
+def test_arrays_outlive_the_devices_block(plug, attributes):
+    fake = plug(*cards(attributes))
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, uvas.Arena(space) as arena:
+        array = arena.alloc(8 * MIB).numpy("u8")
+        array[:] = 3
+    assert not fake.cards[0].retained
+    assert (array == 3).all()
+    base = array.ctypes.data
+    del array
+    deadline = time.monotonic() + 20
+    while (fake.leaks() or mappings(base, base + MIB)) and gc.collect() >= 0 and time.monotonic() < deadline:
+        time.sleep(0.01)  # the reaper is at it
+    assert mappings(base, base + MIB) == []
 
 
 # ---- no driver -------------------------------------------------------------------------------------------------------
@@ -856,45 +954,6 @@ def fake_properties():
     properties.type = driver.enum("CUmemAllocationType", "CU_MEM_ALLOCATION_TYPE_PINNED")
     properties.location.type = driver.enum("CUmemLocationType", "CU_MEM_LOCATION_TYPE_HOST")
     return properties
-
-
-def test_evidence_is_written_as_tests_end(plug, tmp_path):
-    from cuda_evidence import Evidence
-
-    plug(FakeCard())
-    evidence = Evidence(tmp_path / "cuda_tests.json")
-
-    class Report:
-        when, outcome, nodeid = "call", "skipped", "one"
-
-    evidence.pytest_runtest_logreport(Report)  # type: ignore[arg-type]
-    assert not evidence.path.exists()  # nothing was seen
-    Report.outcome, Report.nodeid = "passed", "two"
-    evidence.pytest_runtest_logreport(Report)  # type: ignore[arg-type]
-    content = json.loads(evidence.path.read_text())
-    assert content["tests"] == {"one": "skipped", "two": "passed"}
-    assert (content["driver"], content["cards"][0]["name"]) == (13010, "Fake 0")
-
-
-def test_the_benchmarks_table_and_its_evidence(plug, tmp_path, monkeypatch, capsys):
-    """As far as there is something to measure without a card: the claims of the driver's, against the bare calls."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    gpu, harness = (__import__(name) for name in ("gpu", "harness"))
-    fake = plug(FakeCard(VMM_CARD))
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(gpu, "TARGETS", {"G3": (gpu.reserving, 1), "G9": (gpu.reserving, 1e9)})
-    assert gpu.main() == 0
-    out = capsys.readouterr().out
-    assert out.startswith("Fake 0, driver 13010: {")
-    assert len([line for line in out.splitlines() if line.startswith("G3") and "uvas vmm" in line]) == 3
-    assert "left out: G9: no time" in out
-    content = json.loads((tmp_path / "gpu.json").read_text())
-    assert (content["card"], content["driver"]) == ("Fake 0", 13010)
-    bare = [row for row in content["rows"] if row["what"] == "the bare calls"]
-    assert [row["parameter"] >> 20 for row in bare] == [2, 64, 512]
-    assert all(row["low"] <= row["ns"] <= row["high"] for row in content["rows"])
-    assert any("cuda.core" in one for one in content["left_out"])
-    assert fake.mapped == {}
 
 
 @pytest.mark.parametrize("attributes", [HMM_CARD, REGISTER_CARD, VMM_CARD], ids=["hmm", "register", "vmm"])

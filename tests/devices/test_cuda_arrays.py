@@ -374,8 +374,15 @@ def test_a_block_that_took_the_place_of_a_used_one_is_its_own(fake, arena, strea
 
 
 def test_nothing_is_ordered_during_a_capture(fake, arena, stream):
+    stream.work()
+    arena.alloc(1000).free(after=stream)  # before
     block = arena.alloc(1000)
     fake.capturing = True
+    ordered.collect()
+    assert (live(arena), fake.spoiled) == (2, [])
+    fake.busy.clear()
+    ordered.collect()
+    assert live(arena) == 1
     with pytest.raises(uvas.NotSupportedError, match="being captured"):
         block.free(after=stream)
     assert not block.freed
@@ -431,6 +438,34 @@ def test_streams_by_number_and_by_protocol(fake, arena):
     fake.busy.clear()
     ordered.collect()
     assert live(arena) == 0
+
+
+@pytest.mark.parametrize("stream", [0, 9], ids=["the default one", "of card 1"])
+def test_a_mark_is_put_where_the_stream_is(monkeypatch, stream):
+    with fake_driver(monkeypatch, *(FakeCard(dict(HMM_CARD)) for _ in range(2))) as fake:
+        with (
+            uvas.CudaDevice(0) as first,
+            uvas.CudaDevice(1) as second,
+            uvas.AddressSpace([first, second]) as space,
+            uvas.Arena(space) as arena,
+        ):
+            fake.home[9] = 1
+            block = arena.alloc(10)
+            with second.card.current():
+                block.free(after=stream)
+            (event,) = fake.events
+            assert fake.home[event] == 1
+            block = arena.alloc(10)
+            block.free(after=0)  # no card is current
+            assert {fake.home[one] for one in fake.events} <= {0, 1}
+            ordered.collect()
+            assert live(arena) == 0
+            fake.home[9] = 7  # of a card that is not in the space
+            block = arena.alloc(10)
+            with pytest.raises(uvas.DeviceError, match="INVALID_HANDLE"):
+                block.free(after=9)
+            block.free()
+        assert fake.leaks() == []
 
 
 def test_an_order_needs_a_card():
@@ -534,15 +569,44 @@ def test_sizes_waste_an_eighth_at_most(allocator):
         free(allocator, block)
 
 
+def test_streams_of_the_same_number_keep_their_own(allocator):
+    first = malloc(allocator, 1000)
+    free(allocator, first)
+    other = int(ffi.cast("uintptr_t", lib.uvas_order_malloc(allocator._order, 1000, 1)))  # the default one of card 1
+    assert other not in (0, first)
+    free(allocator, other)
+    assert malloc(allocator, 1000) == first
+    free(allocator, first)
+
+
+def test_each_thread_has_a_stream_of_its_own_of_one_number(allocator, now):
+    now["stream"] = 2  # CU_STREAM_PER_THREAD
+    found = []
+
+    def work() -> None:
+        found.append(malloc(allocator, 1000))
+        free(allocator, found[-1])
+
+    for _ in range(3):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    mine = malloc(allocator, 1000)
+    assert len({*found, mine}) == 4
+    free(allocator, mine)
+
+
 def test_out_of_memory_uses_what_other_streams_have_done_with(space, fake, now):
     with uvas.Arena(space, limit=4 * MIB) as arena:
         allocator = uvas.cupy_allocator(arena)
         first = malloc(allocator, 3 * MIB)
         free(allocator, first)
         now["stream"] = 5
-        fake.capturing = True
-        assert malloc(allocator, 3 * MIB) == 0  # nothing is given back in the middle of a capture
-        fake.capturing = False
+        for fake.apart in (False, True):
+            fake.capturing = True
+            assert malloc(allocator, 3 * MIB) == 0  # nothing is given back in the middle of a capture...
+            assert fake.spoiled == []  # ... which goes on
+            fake.capturing = False
         second = malloc(allocator, 3 * MIB)
         assert second
         assert malloc(allocator, 3 * MIB) == 0

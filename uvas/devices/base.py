@@ -146,7 +146,11 @@ class Device(Protocol):
         """Forget what is behind the range; it stays claimed."""
 
     def protect(self, range: Range, protection: str, /) -> None:
-        """Change what may be done with a committed range."""
+        """Change what may be done with a committed range.
+
+        Asked before the host where something is taken away, after it where something is given: a device may have what
+        the host has, never more.
+        """
 
     def close(self) -> None:
         """End; idempotent."""

@@ -65,7 +65,7 @@ class CupyAllocator:
     GIL and never wait with it.
     """
 
-    __slots__ = ("_allocator", "_arena", "_cards", "_order", "_using")
+    __slots__ = ("_allocator", "_arena", "_cards", "_current", "_order", "_using")
 
     def __init__(self, arena: Arena) -> None:
         if arena.closed:
@@ -80,9 +80,11 @@ class CupyAllocator:
             )
         self._using = ExitStack()
         self._order = ffi.NULL
+        current = _current_stream()
+        self._current = ctypes.PYFUNCTYPE(ctypes.c_ssize_t)(int(ffi.cast("intptr_t", current)))  # with the GIL
         cell = ffi.new("struct uvas_order **")
         options = ffi.new("struct uvas_order_options *")
-        options.arena, options.current = arena._core.id, _current_stream()
+        options.arena, options.current = arena._core.id, current
         options.wait, options.context = lib.uvas_py_order_wait, ffi.cast("void *", id(self))
         code = lib.uvas_order_open(options, cell)
         if code < 0:
@@ -135,8 +137,9 @@ class CupyAllocator:
         """
         if not self._order:
             return 0
+        stream = self._current()
         for card in self._cards:
-            card.synchronize()
+            card.synchronize(stream)
         given = ffi.new("uint64_t *")
         lib.uvas_order_trim(self._order, given)
         return int(given[0])

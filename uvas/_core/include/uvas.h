@@ -197,7 +197,7 @@ struct uvas_device {
     int (*unclaim)(void *context, uintptr_t base, size_t size);
     int (*commit)(void *context, uintptr_t base, size_t size, const struct uvas_backing_info *backing, uint32_t protection);
     int (*decommit)(void *context, uintptr_t base, size_t size);
-    int (*protect)(void *context, uintptr_t base, size_t size, uint32_t protection);
+    int (*protect)(void *context, uintptr_t base, size_t size, uint32_t protection); /* before the host loses rights, after it gains them */
     /* Optional (NULL: none). Called on every claiming device before the first claim is, with what claim will be asked:
      * a device that can work meanwhile starts here and answers in claim. A start is always followed by its claim. */
     void (*start_claim)(void *context, uintptr_t base, size_t size);
@@ -510,7 +510,8 @@ struct uvas_order; /* lives to the last of its blocks */
 
 struct uvas_order_options {
     uvas_id arena;
-    intptr_t (*current)(void); /* the calling thread's stream, asked at each allocation; its number is all that counts */
+    /* The calling thread's stream, asked at each allocation: its number counts, with the device; CU_STREAM_PER_THREAD (2) is another in each thread. */
+    intptr_t (*current)(void);
     /* Asked, without a lock, for a block where that may wait, or where there is no memory: calls uvas_alloc, or uvas_order_trim first. 0 or -errno. */
     int (*wait)(void *context, size_t size, uintptr_t *out);
     void *context;
@@ -531,9 +532,9 @@ UVAS_API int uvas_order_stats(struct uvas_order *order, struct uvas_order_stats 
 UVAS_API int uvas_order_close(struct uvas_order *order);
 
 /* In the shape that CuPy's CFunctionAllocator calls: `order` is a struct uvas_order. A block of at least `size` bytes, aligned to 512, for the
- * stream that is current; NULL: no memory (uvas_last_failure). `device` is ignored: blocks mean the same on all. */
+ * stream that is current on `device`; NULL: no memory (uvas_last_failure). */
 UVAS_API void *uvas_order_malloc(void *order, size_t size, int device);
-/* To the list of the stream that was current at its allocation. Any thread; nothing happens to what is no block of this order. */
+/* To the list of the stream that was current at its allocation, whatever is now. Any thread; nothing happens to what is no block of this order. */
 UVAS_API void uvas_order_free(void *order, void *block, int device);
 
 /* ---- truth ------------------------------------------------------------------------------------------------------------------ */

@@ -7,6 +7,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,11 +19,18 @@
 #define KEPT_CHAINS 4096u
 #define ALIGNMENT 512u /* as CUDA aligns what it allocates, and more than any element needs */
 #define STEPS_SHIFT 3u
+#define PER_THREAD 2 /* CU_STREAM_PER_THREAD: one number for what is another stream in each thread */
+
+struct lane { /* a stream as it is told apart here */
+    intptr_t stream;
+    uint64_t thread; /* 0, but for a stream that is its thread's own */
+    int device;      /* the default stream of every device has the same number */
+};
 
 struct note {
     uintptr_t base;
     size_t size;
-    intptr_t stream;
+    struct lane lane;
     struct note *next; /* in its chain */
 };
 
@@ -42,8 +50,27 @@ static struct note **live_chain(struct uvas_order *order, uintptr_t base) {
     return &order->live[scatter(base / ALIGNMENT) % LIVE_CHAINS];
 }
 
-static struct note **kept_chain(struct uvas_order *order, intptr_t stream, size_t size) {
-    return &order->kept[scatter((uint64_t)stream + scatter(size)) % KEPT_CHAINS];
+static struct note **kept_chain(struct uvas_order *order, struct lane lane, size_t size) {
+    uint64_t mixed = scatter((uint64_t)lane.stream + lane.thread) + (unsigned)lane.device;
+    return &order->kept[scatter(mixed + scatter(size)) % KEPT_CHAINS];
+}
+
+static bool same(struct lane one, struct lane other) {
+    return one.stream == other.stream && one.thread == other.thread && one.device == other.device;
+}
+
+static uint64_t this_thread(void) { /* never used again, as what a thread's stream has run is not known when the thread has ended */
+    static atomic_uint_least64_t last;
+    static _Thread_local uint64_t mine;
+    if (!mine) {
+        mine = atomic_fetch_add_explicit(&last, 1, memory_order_relaxed) + 1;
+    }
+    return mine;
+}
+
+static struct lane current_lane(const struct uvas_order *order, int device) {
+    intptr_t stream = order->options.current();
+    return (struct lane){.stream = stream, .thread = stream == PER_THREAD ? this_thread() : 0, .device = device};
 }
 
 /* Up to the next of 8 steps between two powers of two; 0: too large. */
@@ -72,9 +99,9 @@ int uvas_order_open(const struct uvas_order_options *options, struct uvas_order 
     return 0;
 }
 
-static struct note *take_kept(struct uvas_order *order, intptr_t stream, size_t size) { /* under the lock */
-    struct note **at = kept_chain(order, stream, size);
-    while (*at && ((*at)->stream != stream || (*at)->size != size)) {
+static struct note *take_kept(struct uvas_order *order, struct lane lane, size_t size) { /* under the lock */
+    struct note **at = kept_chain(order, lane, size);
+    while (*at && (!same((*at)->lane, lane) || (*at)->size != size)) {
         at = &(*at)->next;
     }
     struct note *found = *at;
@@ -104,16 +131,15 @@ static int fresh(struct uvas_order *order, size_t size, uintptr_t *base) {
 }
 
 void *uvas_order_malloc(void *opaque, size_t asked, int device) {
-    (void)device;
     struct uvas_order *order = opaque;
     size_t size = rounded(asked ? asked : 1);
     if (!size) {
         (void)uvas_fail_memory(0, asked, "any arena");
         return NULL;
     }
-    intptr_t stream = order->options.current();
+    struct lane lane = current_lane(order, device);
     (void)pthread_mutex_lock(&order->lock);
-    struct note *note = take_kept(order, stream, size);
+    struct note *note = take_kept(order, lane, size);
     if (note) {
         hand_out(order, note);
     }
@@ -126,7 +152,7 @@ void *uvas_order_malloc(void *opaque, size_t asked, int device) {
         (void)uvas_fail_memory(0, sizeof *note, "the host");
         return NULL;
     }
-    *note = (struct note){.size = size, .stream = stream};
+    *note = (struct note){.size = size, .lane = lane};
     if (fresh(order, size, &note->base) < 0) {
         free(note);
         return NULL;
@@ -151,7 +177,7 @@ void uvas_order_free(void *opaque, void *block, int device) {
         *at = note->next;
         order->stats.live_blocks--;
         order->stats.live_bytes -= note->size;
-        struct note **chain = kept_chain(order, note->stream, note->size);
+        struct note **chain = kept_chain(order, note->lane, note->size);
         note->next = *chain;
         *chain = note;
         order->stats.kept_blocks++;

@@ -19,6 +19,7 @@ _ATTRIBUTES = {  # CUdevice_attribute of cuda.h, by what uvas calls it
     "through the host's page tables": "CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES",
     "concurrent managed access": "CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS",
     "host registration": "CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED",
+    "read-only registration": "CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED",
     "registered memory at host addresses": "CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM",
     "virtual memory management": "CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED",
     "host-located mappings": "CU_DEVICE_ATTRIBUTE_HOST_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED",
@@ -26,6 +27,10 @@ _ATTRIBUTES = {  # CUdevice_attribute of cuda.h, by what uvas calls it
     "host node": "CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID",
 }
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: waits for nobody's default stream
+_LEGACY = 0
+"""The default stream, which waits for every stream that is not like that."""
+
+_IN_A_CAPTURE = 900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"  # what the driver would answer, and end the capture
 
 
 def can(ordinal: int) -> dict[str, int]:
@@ -69,13 +74,12 @@ class Card:
         """Where memory of its own is mapped; lost with it."""
         self.model = name_of(ordinal)
         handle = self._handle = self._ask("cuDeviceGet", ordinal)
-        self._open = False
+        self._open = True
         with Undo() as undo:
             self._context = self._ask("cuDevicePrimaryCtxRetain", handle)
             undo.push(lambda: self._ask("cuDevicePrimaryCtxRelease", handle))
             with self.current():
                 self.stream = self._ask("cuStreamCreate", _NON_BLOCKING)
-        self._open = True
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         return driver.call(name, *arguments, device=self.name)
@@ -97,6 +101,16 @@ class Card:
             raise DeviceLostError(error.call, error.code, error.name, self.name, tuple(sorted(self.located))) from None
 
     @property
+    def context(self) -> int:
+        """The driver's handle of its primary context."""
+        return int(self._context)
+
+    @property
+    def closed(self) -> bool:
+        """Whether its context is held only while something is being called."""
+        return not self._open
+
+    @property
     def lost(self) -> bool:
         """Whether a sticky error has been seen: nothing of it works any more."""
         return self._loss is not None
@@ -114,7 +128,23 @@ class Card:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make its context the thread's own, and let what is called leave a stream capture of others alone."""
+        """Make its context the thread's own, and let what is called leave a stream capture of others alone.
+
+        A card that is closed holds its context only meanwhile: memory outlives a ``with`` block where arrays do, and
+        others may run kernels on it still.
+        """
+        if not self._open:
+            self._context = self.call("cuDevicePrimaryCtxRetain", self._handle)
+        try:
+            with self._pushed():
+                yield
+        finally:
+            if not self._open:
+                with suppress(UvasError):
+                    self.call("cuDevicePrimaryCtxRelease", self._handle)
+
+    @contextmanager
+    def _pushed(self) -> Iterator[None]:
         relaxed = driver.enum("CUstreamCaptureMode", "CU_STREAM_CAPTURE_MODE_RELAXED")
         self.call("cuCtxPushCurrent", self._context)
         try:
@@ -128,8 +158,32 @@ class Card:
             with suppress(DeviceError):  # what was done is done; a context too many on a thread's stack harms nobody
                 self.call("cuCtxPopCurrent")
 
-    def synchronize(self) -> None:
+    def captures(self, stream: int = _LEGACY) -> bool:
+        """Whether a stream is being captured; of the default one: whether any is that it waits for.
+
+        The card is `current`. To ask does a capture no harm.
+
+        Raises
+        ------
+        DeviceError
+            The driver said no.
+        """
+        none = driver.enum("CUstreamCaptureStatus", "CU_STREAM_CAPTURE_STATUS_NONE")
+        try:
+            return bool(self.call("cuStreamIsCapturing", stream) != none)
+        except DeviceError as error:
+            if error.name == "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT":
+                return True
+            raise
+
+    def synchronize(self, stream: int = _LEGACY) -> None:
         """Wait until nothing runs on it. A card that is gone runs nothing.
+
+        Parameters
+        ----------
+        stream
+            One that the caller knows of, to be looked at as well before the driver is asked to wait: that would end a
+            capture. The driver does not tell of captures on other streams that do not wait for the default one.
 
         Raises
         ------
@@ -140,6 +194,8 @@ class Card:
             return
         try:
             with self.current():
+                if any(self.captures(one) for one in {_LEGACY, stream}):
+                    raise DeviceError("cuCtxSynchronize", *_IN_A_CAPTURE, self.name)
                 self.call("cuCtxSynchronize")
         except DeviceLostError:
             return  # noted; it runs nothing any more
@@ -162,10 +218,9 @@ class Card:
         """Let go of the context. Idempotent; nothing is called where no call may be made."""
         if not self._open:
             return
+        if driver.usable():
+            with suppress(UvasError), self.current():
+                self.call("cuStreamDestroy", self.stream)
+            with suppress(UvasError):
+                self.call("cuDevicePrimaryCtxRelease", self._handle)
         self._open = False
-        if not driver.usable():
-            return
-        with suppress(UvasError), self.current():
-            self.call("cuStreamDestroy", self.stream)
-        with suppress(UvasError):
-            self.call("cuDevicePrimaryCtxRelease", self._handle)

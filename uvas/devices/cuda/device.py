@@ -258,8 +258,11 @@ class CudaDevice:
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let go of the card; idempotent. In a forked child and at the interpreter's end no call is made."""
-        if isinstance(self._strategy, Vmm) and driver.usable():
+        """Let go of the card; idempotent. In a forked child and at the interpreter's end no call is made.
+
+        What spaces have of it stays until they give it back: an array may live longer than the device's ``with`` block.
+        """
+        if isinstance(self._strategy, Vmm) and self._fixed is None and driver.usable():
             self._strategy.abandon()
         self.card.close()
 

@@ -22,7 +22,6 @@ _STICKY = frozenset(
         "CUDA_ERROR_CONTAINED",
         "CUDA_ERROR_CONTEXT_IS_DESTROYED",
         "CUDA_ERROR_DEINITIALIZED",
-        "CUDA_ERROR_DEVICE_UNAVAILABLE",
         "CUDA_ERROR_ECC_UNCORRECTABLE",
         "CUDA_ERROR_HARDWARE_STACK_ERROR",
         "CUDA_ERROR_ILLEGAL_ADDRESS",
@@ -32,13 +31,15 @@ _STICKY = frozenset(
         "CUDA_ERROR_LAUNCH_FAILED",
         "CUDA_ERROR_LAUNCH_TIMEOUT",
         "CUDA_ERROR_MISALIGNED_ADDRESS",
+        "CUDA_ERROR_MPS_CLIENT_TERMINATED",
         "CUDA_ERROR_NVLINK_UNCORRECTABLE",
         "CUDA_ERROR_TENSOR_MEMORY_LEAK",
     }
 )
-"""After these every later call in the context answers the same: it is gone. cuda.h says so of each."""
+"""After these every later call in the context answers the same, or there is no context any more (cuda.h, CUresult)."""
 
 _HELP = "install NVIDIA's display driver, and in a container start it with the GPU (--gpus all)"
+_HIDDEN = "check CUDA_VISIBLE_DEVICES and nvidia-smi"
 
 
 @cache
@@ -62,7 +63,8 @@ def _module() -> ModuleType:
     except RuntimeError as error:  # DynamicLibNotFoundError: there is no libcuda
         raise NotSupportedError("CUDA", f"there is no driver ({error})", _HELP) from None
     if int(result):
-        raise NotSupportedError("CUDA", f"the driver does not start: cuInit answered {result.name}", _HELP)
+        remedy = _HIDDEN if result.name == "CUDA_ERROR_NO_DEVICE" else _HELP
+        raise NotSupportedError("CUDA", f"the driver does not start: cuInit answered {result.name}", remedy)
     loaded: ModuleType = driver
     return loaded
 
@@ -94,7 +96,7 @@ def call(name: str, *arguments: Any, device: str = "the CUDA driver") -> Any:
     DeviceError
         The driver answered anything but success.
     NotSupportedError
-        There is no driver.
+        There is no driver, or it is older than this function.
     ReleasedError
         This process was forked from the one that uses the driver, or is at its end.
     """
@@ -102,7 +104,11 @@ def call(name: str, *arguments: Any, device: str = "the CUDA driver") -> Any:
         forked = _Process.first not in (None, os.getpid())
         where = "in a process forked from the one that uses the driver" if forked else "at the interpreter's end"
         raise ReleasedError(f"{name} is not called {where}: CUDA devices are dead here")
-    result, *values = getattr(_module(), name)(*arguments)
+    function = getattr(_module(), name)
+    try:
+        result, *values = function(*arguments)
+    except RuntimeError as error:  # FunctionNotFoundError: the bindings know more than the driver
+        raise NotSupportedError(f"{name} of {device}", str(error), "install a newer driver") from error
     if int(result):
         kind = DeviceLostError if result.name in _STICKY else DeviceError
         raise kind(name, int(result), result.name, device)
@@ -134,5 +140,5 @@ def ordinals() -> range:
     """
     count = int(call("cuDeviceGetCount"))
     if not count:
-        raise NotSupportedError("CUDA", "the driver knows no card", "check CUDA_VISIBLE_DEVICES and nvidia-smi")
+        raise NotSupportedError("CUDA", "the driver knows no card", _HIDDEN)
     return range(count)

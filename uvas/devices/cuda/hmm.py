@@ -77,7 +77,7 @@ class Hmm(Strategy):
 
     def _movable(self, verb: str) -> None:
         self.card.check(verb)
-        if self.card.attributes["through the host's page tables"] or self.card.attributes["concurrent managed access"]:
+        if self.card.attributes["concurrent managed access"]:
             return
         raise self.refuse(verb, "the card moves no pages on request", "the card faults on them as it needs them")
 

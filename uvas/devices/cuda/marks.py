@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from operator import index
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from uvas.errors import DeviceError, NotSupportedError, ReleasedError
 if TYPE_CHECKING:
     from uvas.devices.cuda.card import Card
 
-__all__ = ["Mark", "stream_pointer"]
+__all__ = ["Mark", "card_of", "stream_pointer"]
 
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
@@ -35,6 +36,21 @@ def stream_pointer(stream: object) -> int:
         raise TypeError(f"{stream!r} is no CUDA stream") from None
 
 
+def card_of(cards: Sequence[Card], stream: object) -> Card:
+    """Return which of the cards a stream is of; the default one: of the card that is the thread's current one.
+
+    Raises
+    ------
+    TypeError
+        It is no stream.
+    """
+    if len(cards) > 1:
+        with suppress(DeviceError):  # no card is current, say
+            context = int(driver.call("cuStreamGetCtx", stream_pointer(stream)))
+            return next((card for card in cards if card.context == context), cards[0])
+    return cards[0]
+
+
 class Mark:
     """What is queued on a stream now, to be waited for.
 
@@ -49,9 +65,8 @@ class Mark:
     def __init__(self, card: Card, stream: object) -> None:
         self._card = card
         pointer = stream_pointer(stream)
-        none = driver.enum("CUstreamCaptureStatus", "CU_STREAM_CAPTURE_STATUS_NONE")
         with card.current(), Undo() as undo:
-            if card.call("cuStreamIsCapturing", pointer) != none:
+            if card.captures(pointer):
                 raise NotSupportedError(
                     "an order after a stream",
                     "it is being captured, and runs nothing meanwhile",
@@ -72,7 +87,8 @@ class Mark:
         if not driver.usable():
             return False
         try:
-            self._card.call("cuEventSynchronize" if wait else "cuEventQuery", self._event)
+            with self._card.current():  # to ask in another way would end a capture
+                self._card.call("cuEventSynchronize" if wait else "cuEventQuery", self._event)
         except DeviceError as error:
             if error.name == "CUDA_ERROR_NOT_READY":
                 return False

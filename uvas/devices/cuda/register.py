@@ -68,12 +68,25 @@ class Register(Strategy):
 
     # ---- with the driver ---------------------------------------------------------------------------------------------
 
+    def _flags(self, protection: str) -> int:
+        """Return how it is registered.
+
+        Raises
+        ------
+        NotSupportedError
+            The host may not write there, and the card takes no such memory.
+        """
+        if "w" in protection or protection == "none":
+            return _PORTABLE | _DEVICEMAP
+        if not self.card.attributes["read-only registration"]:
+            raise self.refuse("read-only memory", "the card does not take it", "let the host write there, or use hmm")
+        return _PORTABLE | _DEVICEMAP | _READ_ONLY
+
     def _register(self, range: Range, protection: str) -> None:
         """Pin it, and see that its device address is its host address."""
+        flags, card = self._flags(protection), self.card
         if protection == "none":
             return  # nothing that anybody could access
-        card = self.card
-        flags = _PORTABLE | _DEVICEMAP | (0 if "w" in protection else _READ_ONLY)
         with card.current(), Undo() as undo:
             try:
                 card.call("cuMemHostRegister", range.base, range.size, flags)
@@ -102,6 +115,9 @@ class Register(Strategy):
                     self.card.call("cuMemHostUnregister", range.base)
             except DeviceLostError:
                 return  # a card that is gone holds nothing that could be given back
+            except DeviceError as error:
+                if not (self.card.closed and error.name == "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED"):
+                    raise  # but with the context of a card that was closed it has gone already
 
     # ---- what a space asks -------------------------------------------------------------------------------------------
 
@@ -168,6 +184,7 @@ class Register(Strategy):
             As of `decommit`.
         """
         self.card.check("protect")
+        self._flags(protection)  # before anything is given up
         parts = [part for part in self._mine(range) if part.protection != protection]
         if parts:
             self.card.synchronize()

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -203,6 +203,25 @@ class Vmm(Strategy):
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _changing(self, verb: str, range: Range, protection: str) -> Iterator[_Claim]:
+        """Begin to change what may be done with a range: give the claim that it lies in, with the card current.
+
+        Raises
+        ------
+        NotSupportedError
+            The driver has no such protection.
+        DeviceLostError
+            The card is gone.
+        """
+        self.card.check(verb)
+        if "x" in protection:
+            raise self.refuse("executable memory", "the driver maps none", "commit it in another space")
+        claim = book.claim_of(range)
+        assert claim is not None, f"{range} was never claimed"
+        with self.card.current():
+            yield claim
+
     def commit(self, range: Range, backing: Backing, protection: str) -> None:
         """Map memory, or, for a card beside the owner, give it access to what the owner has just mapped.
 
@@ -215,17 +234,11 @@ class Vmm(Strategy):
         DeviceError
             The driver said no.
         """
-        self.card.check("commit")
-        if "x" in protection:
-            raise self.refuse("executable memory", "the driver maps none", "commit it in another space")
-        claim = book.claim_of(range)
-        assert claim is not None, f"{range} was never claimed"
-        with self.card.current():
+        with self._changing("commit", range, protection) as claim, Undo() as undo:
             if claim.owner is not self.card:
                 self._join(claim, range, protection)
                 return
-            with Undo() as undo:
-                mapping = self._map(range, backing.location, protection, undo)
+            mapping = self._map(range, backing.location, protection, undo)
         with book.lock:
             claim.mappings.add(mapping)
             mapping.memory.mappings += 1
@@ -381,7 +394,8 @@ class Vmm(Strategy):
         kept = []
         for handle in handles:
             try:
-                self.card.call("cuMemRelease", handle)
+                with self.card.current():
+                    self.card.call("cuMemRelease", handle)
             except DeviceError:
                 kept.append(handle)  # offered again with the next
         with book.lock:
@@ -397,24 +411,18 @@ class Vmm(Strategy):
         DeviceError
             The driver said no.
         """
-        self.card.check("protect")
-        if "x" in protection:
-            raise self.refuse("executable memory", "the driver maps none", "commit it in another space")
-        claim = book.claim_of(range)
-        assert claim is not None, f"{range} was never claimed"
-        with self.card.current():
+        with self._changing("protect", range, protection) as claim, Undo() as undo:
             if claim.owner is not self.card:
                 self._join(claim, range, protection)
                 return
             with book.lock:
                 mappings = claim.mappings.whole(range, self.card.name)
-            with Undo() as undo:
-                for mapping in mappings:
-                    before = mapping.protection
-                    self._set_access(mapping.range, self._own_entries(mapping, protection))
-                    undo.push(
-                        lambda one=mapping, before=before: self._set_access(one.range, self._own_entries(one, before))  # type: ignore[misc]
-                    )
+            for mapping in mappings:
+                before = mapping.protection
+                self._set_access(mapping.range, self._own_entries(mapping, protection))
+                undo.push(
+                    lambda one=mapping, before=before: self._set_access(one.range, self._own_entries(one, before))  # type: ignore[misc]
+                )
         for mapping in mappings:
             mapping.protection = protection
             for place, flags in self._own_entries(mapping, protection):

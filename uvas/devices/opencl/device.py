@@ -188,7 +188,10 @@ class OpenCLDevice:
             raise
 
     def protect(self, range: Range, protection: str, /) -> None:
-        """Take note of what kernels may do there.
+        """Take note of what kernels may do there; no kernel is waited for.
+
+        A space asks before the host's protection changes where something is taken away, and after it where something
+        is given: what is noted here is never more than what the host allows.
 
         Raises
         ------
