@@ -6,7 +6,8 @@ import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,19 @@ def failing(k: int, *, lasting: bool, error: int) -> Iterator[None]:
 def calls_made() -> int:
     """Fallible system calls since the last change of the knob."""
     return int(lib.uvas_test_calls())
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """Do something in a forked child, which must come to its good end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -15,12 +15,12 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from machine import MIB, PAGE
+from machine import MIB, PAGE, in_child
 
 import uvas
 from uvas._core import fast, ffi, lib
@@ -38,21 +38,6 @@ def arena(space: uvas.AddressSpace) -> Iterator[uvas.Arena]:
             one.check()
             assert one.stats().live_blocks == 0
             one.close()
-
-
-def in_child(work: Callable[[], None]) -> None:
-    """Do something in a forked child, which must come to its good end."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def forget(things: list[Any]) -> None:
@@ -876,21 +861,32 @@ def test_a_forked_child_has_the_arrays_and_not_the_arena(arena: uvas.Arena, spac
 
 def test_interrupts_lose_nothing() -> None:
     program = """
-import _thread, threading, time
+import _thread, signal, threading, time
 import uvas
 
+at_work, interrupts = False, 0
+
+def handle(number, frame):  # one at a time, and only where it is caught
+    global at_work, interrupts
+    if at_work:
+        at_work = False
+        interrupts += 1
+        raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, handle)
 with uvas.AddressSpace() as space, uvas.Arena(space) as arena:
-    stop, kept, interrupts = threading.Event(), [], 0
+    stop, kept = threading.Event(), []
 
     def interrupt():
         while not stop.wait(0.001):
             _thread.interrupt_main()
 
-    thread = threading.Thread(target=interrupt)
+    thread = threading.Thread(target=interrupt, daemon=True)
     end = time.monotonic() + 1
     thread.start()
     while True:
         try:
+            at_work = True
             while time.monotonic() < end:
                 kept.append(arena.alloc(100))
                 kept.extend(arena.alloc_many([1 << 17, 50]))
@@ -901,7 +897,8 @@ with uvas.AddressSpace() as space, uvas.Arena(space) as arena:
             time.sleep(0.05)
             break
         except KeyboardInterrupt:
-            interrupts += 1
+            pass
+    at_work = False
     kept.clear()
     arena.check()
     print(interrupts > 50, arena.stats().live_blocks)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import multiprocessing
-import os
 import pickle
 import subprocess
 import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
 import on_device
 import pytest
-from machine import MIB
+from machine import MIB, in_child
 
 import uvas
 
@@ -38,19 +36,6 @@ def is_from(array: np.ndarray, arena: uvas.Arena) -> bool:
     """Whether an array's memory is a block of the arena."""
     found = uvas.allocation_of(array)
     return found is not None and found.arena is arena
-
-
-def in_child(work: Callable[[], None]) -> None:
-    """Do something in a forked child, which must come to its good end."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def alone(program: str) -> str:

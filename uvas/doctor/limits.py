@@ -51,31 +51,32 @@ def _number(path: str, key: str = "") -> int | None:
     return int(found[1]) if found else None
 
 
-def _check_addresses() -> Check:
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+def _check_bytes(limit: str, used: int, unlimited: str, limited: str, remedy: str) -> Check:
+    """Check a limit in bytes of which something is in use already."""
+    soft, hard = resource.getrlimit(getattr(resource, limit))
     if soft == resource.RLIM_INFINITY:
-        return Check("RLIMIT_AS", "unlimited", "good", "reservations of any size", "")
-    used = (_number("/proc/self/statm") or 0) * resource.getpagesize()
-    return Check(
+        return Check(limit, "unlimited", "good", unlimited, "")
+    shown = f"{format_size(soft)}, {format_size(used)} in use here"
+    return Check(limit, shown, "limited", limited, _raise_to(hard, remedy))
+
+
+def _check_addresses() -> Check:
+    return _check_bytes(
         "RLIMIT_AS",
-        f"{format_size(soft)}, {format_size(used)} in use here",
-        "limited",
+        (_number("/proc/self/statm") or 0) * resource.getpagesize(),
+        "reservations of any size",
         "reserved addresses count in full, though no memory is behind them",
-        _raise_to(hard, "ulimit -v unlimited"),
+        "ulimit -v unlimited",
     )
 
 
 def _check_data() -> Check:
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if soft == resource.RLIM_INFINITY:
-        return Check("RLIMIT_DATA", "unlimited", "good", "committed anonymous memory is not counted", "")
-    used = (_number("/proc/self/status", "VmData:") or 0) << 10
-    return Check(
+    return _check_bytes(
         "RLIMIT_DATA",
-        f"{format_size(soft)}, {format_size(used)} in use here",
-        "limited",
+        (_number("/proc/self/status", "VmData:") or 0) << 10,
+        "committed anonymous memory is not counted",
         "committed anonymous memory counts, touched or not; memfd memory does not",
-        _raise_to(hard, "ulimit -d unlimited"),
+        "ulimit -d unlimited",
     )
 
 

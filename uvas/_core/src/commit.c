@@ -122,7 +122,7 @@ static void uncommit_part(const struct uvas_plan *plan, const struct uvas_piece_
     }
 }
 
-/* ---- commit ------------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- commit and protect ------------------------------------------------------------------------------------------------------------------------ */
 
 static int commit_all(struct uvas_plan *plan, struct uvas_piece_entry *become, uint32_t flags, bool *poisoned) {
     int rc = 0;
@@ -149,7 +149,11 @@ static int commit_all(struct uvas_plan *plan, struct uvas_piece_entry *become, u
     return rc;
 }
 
-int uvas_commit(uvas_id reservation, size_t offset, size_t size, uint32_t protection, uint32_t flags) {
+/* What a part is to become. 0, or it is said why it cannot. */
+typedef int part_becomes(struct uvas_plan *plan, const struct uvas_piece_entry *was, uint32_t protection, struct uvas_piece_entry *is);
+
+/* The whole of a verb that gives every part of a range memory, or a protection. */
+static inline int change_all(uvas_id reservation, size_t offset, size_t size, uint32_t protection, uint32_t flags, part_becomes *becomes) {
     struct uvas_change change;
     struct uvas_plan plan;
     bool poisoned = false;
@@ -167,13 +171,7 @@ int uvas_commit(uvas_id reservation, size_t offset, size_t size, uint32_t protec
         rc = uvas_fail_memory(record->base + offset, size, "the host");
     }
     for (size_t i = 0; rc == 0 && i < plan.count; i++) {
-        become[i] = plan.parts[i];
-        become[i].protection = protection;
-        become[i].guarded = false;
-        if (uvas_piece_is_gap(&plan.parts[i])) {
-            become[i] = fresh_part(record, &plan.parts[i], protection);
-            rc = become[i].kind ? 0 : uvas_last_failure()->code;
-        }
+        rc = becomes(&plan, &plan.parts[i], protection, &become[i]);
     }
     rc = rc == 0 ? commit_all(&plan, become, flags, &poisoned) : rc;
     if (rc < 0) {
@@ -191,53 +189,33 @@ int uvas_commit(uvas_id reservation, size_t offset, size_t size, uint32_t protec
     return 0;
 }
 
-/* ---- protect ----------------------------------------------------------------------------------------------------------------------------------- */
+static int committed(struct uvas_plan *plan, const struct uvas_piece_entry *was, uint32_t protection, struct uvas_piece_entry *is) {
+    if (uvas_piece_is_gap(was)) {
+        *is = fresh_part(plan->record, was, protection);
+        return is->kind ? 0 : uvas_last_failure()->code;
+    }
+    *is = *was;
+    is->protection = protection;
+    is->guarded = false;
+    return 0;
+}
+
+int uvas_commit(uvas_id reservation, size_t offset, size_t size, uint32_t protection, uint32_t flags) {
+    return change_all(reservation, offset, size, protection, flags, committed);
+}
+
+static int protected(struct uvas_plan *plan, const struct uvas_piece_entry *was, uint32_t protection, struct uvas_piece_entry *is) {
+    if (!uvas_piece_committed(was)) {
+        uintptr_t base = uvas_part_base(plan, was);
+        return uvas_fail_invalid("[0x%lx, 0x%lx) is not committed: there is nothing to protect", base, base + uvas_part_size(was));
+    }
+    *is = *was;
+    is->protection = protection;
+    return 0;
+}
 
 int uvas_protect(uvas_id reservation, size_t offset, size_t size, uint32_t protection) {
-    struct uvas_change change;
-    struct uvas_plan plan;
-    bool poisoned = false;
-    int rc;
-    if (protection & ~(uint32_t)UVAS_PROTECTIONS) {
-        return uvas_fail_invalid("0x%x is no protection", protection);
-    }
-    struct uvas_record *record = uvas_change_begin(reservation, offset, size, true, &change, &rc);
-    if (!record) {
-        return rc;
-    }
-    rc = uvas_plan_make(record, &change, &plan);
-    for (size_t i = 0; rc == 0 && i < plan.count; i++) {
-        if (!uvas_piece_committed(&plan.parts[i])) {
-            rc = uvas_fail_invalid("[0x%lx, 0x%lx) is not committed: there is nothing to protect", uvas_part_base(&plan, &plan.parts[i]),
-                                   uvas_part_base(&plan, &plan.parts[i]) + uvas_part_size(&plan.parts[i]));
-        }
-    }
-    size_t done = 0;
-    for (; rc == 0 && done < plan.count; done++) {
-        struct uvas_piece_entry is = plan.parts[done];
-        is.protection = protection;
-        rc = commit_part(&plan, &plan.parts[done], &is, &poisoned);
-    }
-    if (rc < 0) {
-        struct uvas_failure said = *uvas_last_failure();
-        for (done -= done > 0; done-- > 0 && !poisoned;) {
-            struct uvas_piece_entry is = plan.parts[done];
-            is.protection = protection;
-            uncommit_part(&plan, &plan.parts[done], &is, &poisoned);
-        }
-        *uvas_fail(said.kind, said.code) = said;
-        return uvas_plan_fail(&plan, &change, poisoned, rc);
-    }
-    uvas_registry_lock();
-    for (size_t i = 0; i < plan.count; i++) {
-        struct uvas_piece_entry is = plan.parts[i];
-        is.protection = protection;
-        uvas_plan_publish(&plan, &plan.parts[i], &is);
-    }
-    uvas_change_end(record, &change);
-    uvas_registry_unlock();
-    uvas_plan_drop(&plan);
-    return 0;
+    return change_all(reservation, offset, size, protection, 0, protected);
 }
 
 /* ---- what is there ----------------------------------------------------------------------------------------------------------------------------- */

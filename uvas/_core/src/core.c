@@ -126,6 +126,9 @@ static void set_up(void) {
     if (ready == 0) {
         ready = -pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
     }
+    if (ready == 0 && uvas_registry_lock_for_insert() == 0) { /* the first reservation may come when there is no memory left for nodes */
+        uvas_registry_unlock();
+    }
 }
 
 int uvas_core_ready(void) {
