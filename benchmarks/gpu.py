@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Peer:
         conf = {
             "PYTORCH_ALLOC_CONF": "expandable_segments:True"
         }  # a warning and no more to a torch that says it otherwise
-        self._process = subprocess.Popen(
+        self._process = process = subprocess.Popen(
             [*PEER, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -65,6 +66,9 @@ class Peer:
             env=os.environ | conf,
             start_new_session=True,
         )
+        assert process.stdin
+        assert process.stdout
+        self._questions, self._answers = process.stdin, process.stdout
 
     def ask(self, question: str, seconds: float = ANSWER_S) -> dict[str, Any]:
         """Ask, and return the answer.
@@ -75,18 +79,18 @@ class Peer:
             There is none in time, or it is an error.
         """
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(f"{question}\n".encode())  # type: ignore[union-attr]
+            self._questions.write(f"{question}\n".encode())
         return self.answer(seconds)
 
     def answer(self, seconds: float = ANSWER_S) -> dict[str, Any]:
         """Return the next answer; as `ask`."""
         line, end = b"", time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
+            selector.register(self._answers, selectors.EVENT_READ)
             while not line.endswith(b"\n"):
                 if not selector.select(max(0.0, end - time.monotonic())):
                     raise GoneError(f"no answer in {seconds:.0f} s")
-                some = os.read(self._process.stdout.fileno(), 1 << 16)  # type: ignore[union-attr]
+                some = os.read(self._answers.fileno(), 1 << 16)
                 if not some:
                     raise GoneError(f"its process ended with {self.end()}")
                 line += some
@@ -97,9 +101,9 @@ class Peer:
 
     def end(self) -> int | None:
         """End the process; its code, or None where it does not end: nobody waits for a driver that hangs."""
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._questions, self._answers):
             with contextlib.suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
+                pipe.close()
         for patience in (3.0, 5.0):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return self._process.wait(patience)
@@ -202,7 +206,7 @@ class Run:
             print(line_of(row), flush=True)
 
     @contextlib.contextmanager
-    def _one(self, target: Target, who: str):  # type: ignore[no-untyped-def]
+    def _one(self, target: Target, who: str) -> Iterator[None]:
         """Leave out who is gone."""
         try:
             yield

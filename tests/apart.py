@@ -96,7 +96,7 @@ class Apart:
     def _report(self, content: dict[str, Any]) -> pytest.TestReport:
         report: pytest.TestReport = self._hook.pytest_report_from_serializable(config=self._config, data=content)
         if isinstance(report.longrepr, list):  # JSON knows no tuples
-            report.longrepr = tuple(report.longrepr)  # type: ignore[assignment]
+            report.longrepr = tuple(report.longrepr)
         return report
 
     def _events(self, reading: int) -> Iterator[dict[str, Any] | None]:

@@ -215,7 +215,7 @@ def _word(argument: object) -> np.uint64:
     return argument
 
 
-class ndarray:  # noqa: N801
+class ndarray:  # noqa: N801  # as CuPy calls it
     """An array on the card."""
 
     def __init__(self, shape: Any, dtype: Any = float, memptr: Any = None, strides: tuple[int, ...] | None = None):

@@ -870,6 +870,19 @@ def test_close_is_idempotent_and_gives_back_what_it_owns(plug):
     assert fake.leaks() == []
 
 
+def test_closed_in_the_middle_of_a_call(plug):
+    """As by another thread: the call gives back what it has taken itself, and no more."""
+    fake = plug(*cards(HMM_CARD))
+    device = uvas.CudaDevice()
+    with device.card.current():
+        device.close()
+    assert fake.cards[0].retained == 0
+    with device.card.current():
+        assert fake.cards[0].retained == 1
+    assert fake.cards[0].retained == 0
+    assert fake.leaks() == []
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("attributes", [HMM_CARD, REGISTER_CARD, VMM_CARD], ids=["hmm", "register", "vmm"])
 def test_cards_work_whatever_the_kernel_makes_of_the_flag(plug, attributes, name):

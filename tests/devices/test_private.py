@@ -167,6 +167,28 @@ def test_the_capacity_is_for_all_spaces_together():
             del array, piece
 
 
+def test_a_device_that_comes_and_goes_leaves_no_trace_in_its_room():
+    """What it had in a space that it left is in no line for eviction: all that it has later can still be pushed out."""
+    with (
+        private(granule=PAGE, capacity=16 * PAGE) as device,
+        uvas.AddressSpace([device]) as stays,
+        uvas.AddressSpace() as leaves,
+        stays.reserve(16 * PAGE) as other,
+        leaves.reserve(16 * PAGE) as held,
+    ):
+        held.commit()
+        other.commit()
+        for _ in range(150):  # more traces than there is slack for
+            leaves.attach(device)
+            leaves.prefetch(uvas.Range(held.base, 8 * PAGE), device)
+            leaves.detach(device)
+        leaves.attach(device)
+        leaves.prefetch(held, device)
+        stays.prefetch(other, device)
+        assert leaves.movement().devices["own"].resident_bytes == 0
+        assert stays.movement().devices["own"].resident_bytes == 16 * PAGE
+
+
 class WithOtherCapacity:
     """A device that does not say the same in each space."""
 

@@ -60,7 +60,7 @@ static bool same(struct lane one, struct lane other) {
 }
 
 static uint64_t this_thread(void) { /* never used again, as what a thread's stream has run is not known when the thread has ended */
-    static atomic_uint_least64_t last;
+    static atomic_uint_least64_t last; /* any thread adds to it, relaxed: no other memory goes with a number */
     static _Thread_local uint64_t mine;
     if (!mine) {
         mine = atomic_fetch_add_explicit(&last, 1, memory_order_relaxed) + 1;

@@ -133,13 +133,14 @@ class Card:
         A card that is closed holds its context only meanwhile: memory outlives a ``with`` block where arrays do, and
         others may run kernels on it still.
         """
-        if not self._open:
+        held = self._open  # as it is now: another thread may close the card meanwhile
+        if not held:
             self._context = self.call("cuDevicePrimaryCtxRetain", self._handle)
         try:
             with self._pushed():
                 yield
         finally:
-            if not self._open:
+            if not held:
                 with suppress(UvasError):
                     self.call("cuDevicePrimaryCtxRelease", self._handle)
 

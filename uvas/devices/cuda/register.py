@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from uvas.devices.base import Backing
@@ -168,7 +169,7 @@ class Register(Strategy):
             for part in parts:
                 if len(part.users) == 1:
                     self._unregister(part.range, part.protection)
-                    undo.push(lambda part=part: self._register(part.range, part.protection))  # type: ignore[misc]
+                    undo.push(partial(self._register, part.range, part.protection))
         with _book.lock:
             for part in parts:
                 part.users.discard(self.card)
@@ -192,9 +193,9 @@ class Register(Strategy):
             for part in parts:
                 before = part.protection
                 self._unregister(part.range, before)
-                undo.push(lambda part=part, before=before: self._set(part, before))  # type: ignore[misc]
+                undo.push(partial(self._set, part, before))
                 self._set(part, protection)
-                undo.push(lambda part=part: self._unregister(part.range, part.protection))  # type: ignore[misc]
+                undo.push(partial(self._unregister, part.range, protection))
 
     def _set(self, part: _Registration, protection: str) -> None:
         self._register(part.range, protection)

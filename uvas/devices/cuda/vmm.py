@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -320,7 +321,7 @@ class Vmm(Strategy):
             for mapping in reached:
                 before = mapping.users.get(self.card, 0)
                 self._set_access(mapping.range, [(self.card, flags)])
-                undo.push(lambda one=mapping, flags=before: self._set_access(one.range, [(self.card, flags)]))  # type: ignore[misc]
+                undo.push(partial(self._set_access, mapping.range, [(self.card, before)]))
         for mapping in reached:
             mapping.users[self.card] = flags
 
@@ -363,7 +364,7 @@ class Vmm(Strategy):
         for mapping in mappings:
             with self.card.current():
                 self.card.call("cuMemUnmap", mapping.range.base, mapping.range.size)
-            undo.push(lambda one=mapping: self._map_again(one))  # type: ignore[misc]
+            undo.push(partial(self._map_again, mapping))
         return mappings
 
     def _map_again(self, mapping: _Mapping) -> None:
@@ -418,11 +419,8 @@ class Vmm(Strategy):
             with book.lock:
                 mappings = claim.mappings.whole(range, self.card.name)
             for mapping in mappings:
-                before = mapping.protection
                 self._set_access(mapping.range, self._own_entries(mapping, protection))
-                undo.push(
-                    lambda one=mapping, before=before: self._set_access(one.range, self._own_entries(one, before))  # type: ignore[misc]
-                )
+                undo.push(partial(self._set_access, mapping.range, self._own_entries(mapping, mapping.protection)))
         for mapping in mappings:
             mapping.protection = protection
             for place, flags in self._own_entries(mapping, protection):
