@@ -206,6 +206,15 @@ print("refused")
 """
 
 
+def test_sources_that_are_not_built_say_so(tmp_path):
+    sources = copy_of_the_sources(tmp_path / "sources")
+    done = subprocess.run(
+        [sys.executable, "-c", "import uvas"], cwd=sources, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert f"ImportError: the C parts of uvas are not built in {sources / 'uvas' / '_core'}: build them" in done.stderr
+
+
 def test_a_second_copy_refuses_to_work(tmp_path):
     second = shutil.copy(get_library(), tmp_path)
     assert run(sys.executable, "-c", TWO_COPIES, second, cwd=tmp_path) == "refused\n"

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from uvas._core import _allocation as allocation
-from uvas._core import _fast as fast
-from uvas._core import _handler as handler
-from uvas._core._cffi import ffi, lib
+_HERE = Path(__file__).parent
+
+try:
+    from uvas._core import _allocation as allocation
+    from uvas._core import _fast as fast
+    from uvas._core import _handler as handler
+    from uvas._core._cffi import ffi, lib
+except ImportError as error:
+    if (_HERE / "libuvas.so").exists():
+        raise
+    raise ImportError(
+        f"the C parts of uvas are not built in {_HERE}: build them there (pip install -e .), or start Python in "
+        "another directory, so that it finds an installed uvas and not these sources"
+    ) from error
 
 __all__ = ["allocation", "fast", "ffi", "get_include", "get_library", "handler", "lib"]
-
-_HERE = Path(__file__).parent
 
 
 def get_include() -> str:
