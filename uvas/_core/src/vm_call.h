@@ -40,7 +40,8 @@ _Static_assert(sizeof(uintptr_t) == 8 && sizeof(long) == 8, "uvas knows 64-bit L
 /* -- vm_imitate.c -- */
 
 #pragma GCC visibility push(hidden) /* read by every call: not by way of the table that a definition elsewhere would need */
-extern _Atomic uint32_t uvas_vm_armed;    /* the fault knob; 0: the gate costs one branch. Relaxed: tests order their threads themselves */
+/* The fault knob; 0: the gate costs one branch. Written by uvas_test_fail, after the rest of the knob; read by every call, acquire. */
+extern _Atomic uint32_t uvas_vm_armed;
 /* The kernel that is imitated and what it lacks: written by uvas_test_kernel while no reservation lives, read by every call, relaxed. */
 extern _Atomic uint32_t uvas_vm_imitated;
 extern _Atomic uint32_t uvas_vm_lacking;
