@@ -11,9 +11,8 @@
 /* The block that the bin knows best; *fresh: it is zero. */
 QUICK uintptr_t take(struct uvas_bin *bin, bool *fresh) {
     const struct uvas_known *known = &bin->known[--bin->knows];
-    struct uvas_slab *slab = known->slab;
-    atomic_store_explicit(&slab->blocks[known->index], UVAS_BLOCK_LIVE, memory_order_relaxed);
-    slab->counts += UVAS_SLAB_EVER + 1;
+    atomic_store_explicit(known->state, UVAS_BLOCK_LIVE, memory_order_relaxed);
+    bin->allocated++;
     *fresh = known->address & UVAS_KNOWN_FRESH;
     return known->address & ~UVAS_KNOWN_FRESH;
 }

@@ -142,7 +142,7 @@ struct uvas_slab { /* the second line is seldom used, the third is the owner's *
     uint32_t class; /* from here on the owner's */
     bool clean;     /* its pages were zero when it was made */
     _Alignas(64) uint64_t summary; /* which groups have free blocks that the bin does not know, or had when somebody looked last */
-    uint64_t counts; /* low 15 bits: blocks that are live, or freed by others and not yet collected; UNLISTED; above: blocks allocated in it, ever */
+    uint32_t used;  /* blocks that are live, freed by others and not yet collected, or known to the bin; and UNLISTED */
     struct uvas_slab *next, *previous;
     uint32_t high; /* no block from this index on was ever known to a bin */
     _Alignas(64) _Atomic unsigned char blocks[]; /* enum uvas_block_state of each */
@@ -163,9 +163,7 @@ static inline uint64_t uvas_slab_group(const struct uvas_slab *slab, size_t grou
     return found;
 }
 
-#define UVAS_SLAB_USED UINT64_C(0x7fff)     /* of counts */
-#define UVAS_SLAB_UNLISTED UINT64_C(0x8000) /* not in its bin's list of those with free blocks, but in the other */
-#define UVAS_SLAB_EVER UINT64_C(0x10000)
+#define UVAS_SLAB_UNLISTED UINT32_C(0x80000000) /* of used: it is not in its bin's list of those with free blocks, but in the other */
 
 /* ---- holes.c: under the lock -------------------------------------------------------------------------------------------------------------- */
 
@@ -232,16 +230,17 @@ static inline size_t uvas_span_index(const struct uvas_region *region, uintptr_t
 
 struct uvas_known { /* a free block of a slab */
     uintptr_t address; /* and FRESH: it was never handed out, and its pages were zero */
-    struct uvas_slab *slab;
-    size_t index;
+    _Atomic unsigned char *state; /* its byte of the slab's blocks */
 };
 
 #define UVAS_KNOWN_FRESH ((uintptr_t)1)
 
 struct uvas_bin { /* slabs of one class that a heap owns */
-    size_t knows;
-    /* Free blocks, the last of which is the next to be handed out: those freed last, or the lowest of a slab. They are free by their bits too, and
-     * whoever takes slabs away from the heap makes it forget them. */
+    uint32_t knows, most;
+    uint64_t allocated; /* blocks, ever */
+    /* Free blocks, the last of which is the next to be handed out: those freed last, or the lowest of a slab. Free by their bytes, but counted as
+     * used by their slabs, so that to hand out and to take back touches nothing else of a slab. At most `most`; whoever takes slabs away from the
+     * heap makes it forget them. */
     struct uvas_known known[UVAS_KNOWN];
     struct uvas_slab *free; /* with free blocks, or some that are full by now */
     struct uvas_slab *full;
@@ -451,7 +450,7 @@ void uvas_heap_sweep(struct uvas_heap *heap);
 /* An orphan with a free block of the class, now the heap's; false: there is none. Under lock. */
 bool uvas_slab_find_orphan(struct uvas_heap *heap, uint32_t class);
 static inline bool uvas_slab_has_room(const struct uvas_slab *slab) {
-    return (slab->counts & UVAS_SLAB_USED) < atomic_load_explicit(&slab->run.count, memory_order_relaxed);
+    return (slab->used & ~UVAS_SLAB_UNLISTED) < atomic_load_explicit(&slab->run.count, memory_order_relaxed);
 }
 
 static inline struct uvas_bin *uvas_slab_bin(struct uvas_heap *heap, const struct uvas_slab *slab) {
@@ -461,11 +460,12 @@ static inline struct uvas_bin *uvas_slab_bin(struct uvas_heap *heap, const struc
 /* The first slab in a bin's list that has a free block, NULL if none does; those before it go to the other list. */
 struct uvas_slab *uvas_bin_slab(struct uvas_bin *bin);
 void uvas_bin_learn(struct uvas_bin *bin, struct uvas_slab *slab); /* the lowest free blocks of a slab with room, where it knows none */
-void uvas_bin_forget(struct uvas_bin *bin);
+void uvas_bin_forget(struct uvas_heap *heap, struct uvas_bin *bin); /* what it knows is its slabs' again, which may end. Under the lock */
+uint32_t uvas_bin_most(uint32_t class); /* how many free blocks a bin may know */
 
 /* After the last block in use of a slab was freed, or the first of a full one. */
 __attribute__((noinline)) void uvas_slab_changed(struct uvas_heap *heap, struct uvas_slab *slab);
-void uvas_slab_count(struct uvas_arena *arena, struct uvas_slab *slab); /* what was allocated in it goes to the arena's counters. Under lock */
+uint32_t uvas_slab_known(const struct uvas_slab *slab); /* blocks that its owner's bin knows. With the doors shut */
 void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab); /* empty, in no list: its pages become a hole. Under lock */
 void uvas_slab_list(struct uvas_slab **list, struct uvas_slab *slab);
 void uvas_slab_unlist(struct uvas_slab **list, struct uvas_slab *slab);

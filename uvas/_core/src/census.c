@@ -49,7 +49,7 @@ static struct uvas_run *next_run(struct walk *walk) {
 }
 
 static uint32_t live_in(struct uvas_slab *slab) {
-    uint32_t live = (uint32_t)(slab->counts & UVAS_SLAB_USED);
+    uint32_t live = (slab->used & ~UVAS_SLAB_UNLISTED) - uvas_slab_known(slab);
     for (size_t group = 0; group < slab->run.groups; group++) {
         live -= (uint32_t)__builtin_popcountll(uvas_slab_group(slab, group, UVAS_BLOCK_FREED));
     }
@@ -67,14 +67,13 @@ uint64_t uvas_arena_in_use(const struct uvas_arena *arena) {
     return blocks;
 }
 
-static void count_run(struct uvas_arena *arena, struct uvas_run *run, struct uvas_arena_stats *stats) {
+static void count_run(struct uvas_run *run, struct uvas_arena_stats *stats) {
     uint32_t state = uvas_run_state(run);
     size_t bytes = uvas_run_bytes(run);
     stats->metadata_bytes += uvas_metadata_bytes(UVAS_METADATA_RUN);
     if (state == UVAS_RUN_SLAB) {
         struct uvas_slab *slab = (struct uvas_slab *)run;
         uint32_t live = live_in(slab);
-        uvas_slab_count(arena, slab);
         stats->live_blocks += live;
         stats->live_bytes += (uint64_t)live * uvas_class_bytes(slab->class);
         stats->cached_bytes += live ? 0 : bytes;
@@ -127,7 +126,7 @@ int uvas_arena_stats(uvas_id id, struct uvas_arena_stats *out) {
     }
     struct walk walk = {.arena = arena};
     for (struct uvas_run *run = next_run(&walk); run; run = next_run(&walk)) {
-        count_run(arena, run, &stats);
+        count_run(run, &stats);
     }
     count_heaps(arena, &stats);
     const struct uvas_run *largest = uvas_holes_largest(&arena->holes);
@@ -158,7 +157,7 @@ static bool known(const struct uvas_slab *slab, size_t index) {
     struct uvas_heap *owner = atomic_load_explicit(&slab->run.owner, memory_order_relaxed);
     const struct uvas_bin *bin = owner ? uvas_slab_bin(owner, slab) : NULL;
     size_t i = bin ? bin->knows : 0;
-    while (i > 0 && (bin->known[i - 1].slab != slab || bin->known[i - 1].index != index)) {
+    while (i > 0 && bin->known[i - 1].state != &slab->blocks[index]) {
         i--;
     }
     return i > 0;
@@ -166,18 +165,21 @@ static bool known(const struct uvas_slab *slab, size_t index) {
 
 /* What a bin knows is so, and it knows it once: each block that it names is free, where it says, in a slab of the heap's own. */
 static int check_bin(const struct uvas_arena *arena, const struct uvas_heap *heap, const struct uvas_bin *bin) {
+    uint32_t class = (uint32_t)(bin - heap->bins);
     for (size_t i = 0; i < bin->knows; i++) {
-        const struct uvas_known *known = &bin->known[i];
-        uintptr_t base = uvas_run_base(&known->slab->run) + known->index * uvas_class_bytes((uint32_t)(bin - heap->bins));
+        uintptr_t address = bin->known[i].address & ~UVAS_KNOWN_FRESH;
+        const struct uvas_region *region = uvas_arena_region(arena, address);
+        struct uvas_run *run = region ? uvas_region_find(region, address) : NULL;
+        const struct uvas_slab *slab = run && uvas_run_state(run) == UVAS_RUN_SLAB ? (const struct uvas_slab *)run : NULL;
+        size_t index = slab ? (address - uvas_run_base(run)) / uvas_class_bytes(class) : 0;
         bool twice = false;
         for (size_t j = 0; j < i; j++) {
-            twice |= (bin->known[j].address & ~UVAS_KNOWN_FRESH) == base;
+            twice |= bin->known[j].state == bin->known[i].state;
         }
-        if (twice || (known->address & ~UVAS_KNOWN_FRESH) != base || known->slab->class != (uint32_t)(bin - heap->bins) ||
-            atomic_load_explicit(&known->slab->run.owner, memory_order_relaxed) != heap ||
-            atomic_load_explicit(&known->slab->blocks[known->index], memory_order_relaxed) != UVAS_BLOCK_FREE) {
-            BROKEN("arena %s: 0x%lx is kept as a free block of %zu bytes, and is none, or twice", arena->name, known->address,
-                   uvas_class_bytes((uint32_t)(bin - heap->bins)));
+        if (twice || !slab || slab->class != class || atomic_load_explicit(&run->owner, memory_order_relaxed) != heap ||
+            uvas_run_base(run) + index * uvas_class_bytes(class) != address || bin->known[i].state != &slab->blocks[index] ||
+            atomic_load_explicit(bin->known[i].state, memory_order_relaxed) != UVAS_BLOCK_FREE) {
+            BROKEN("arena %s: 0x%lx is kept as a free block of %zu bytes, and is none, or twice", arena->name, address, uvas_class_bytes(class));
         }
     }
     return 0;
@@ -193,12 +195,12 @@ static int check_slab(const struct uvas_arena *arena, struct uvas_slab *slab) {
         }
         free += is_free;
     }
-    if (count - free != (slab->counts & UVAS_SLAB_USED) || count * uvas_class_bytes(slab->class) > uvas_run_bytes(&slab->run)) {
+    if (count - free + uvas_slab_known(slab) != (slab->used & ~UVAS_SLAB_UNLISTED) || count * uvas_class_bytes(slab->class) > uvas_run_bytes(&slab->run)) {
         BROKEN("arena %s: the slab at 0x%lx counts %u used of %u, and has %u free", arena->name, base,
-               (uint32_t)(slab->counts & UVAS_SLAB_USED), count, free);
+               slab->used & ~UVAS_SLAB_UNLISTED, count, free);
     }
     const struct uvas_heap *owner = atomic_load_explicit(&slab->run.owner, memory_order_relaxed);
-    const struct uvas_slab *listed = owner ? slab->counts & UVAS_SLAB_UNLISTED ? owner->bins[slab->class].full : owner->bins[slab->class].free : NULL;
+    const struct uvas_slab *listed = owner ? slab->used & UVAS_SLAB_UNLISTED ? owner->bins[slab->class].full : owner->bins[slab->class].free : NULL;
     while (listed && listed != slab) {
         listed = listed->next;
     }

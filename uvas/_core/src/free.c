@@ -27,13 +27,13 @@ QUICK int give_back(struct uvas_heap *heap, struct uvas_slab *slab, uintptr_t ad
     }
     atomic_store_explicit(&slab->blocks[index], UVAS_BLOCK_FREE, memory_order_release);
     struct uvas_bin *bin = uvas_slab_bin(heap, slab);
-    if (LIKELY(bin->knows < UVAS_KNOWN)) {
-        bin->known[bin->knows++] = (struct uvas_known){address, slab, index};
-    } else {
-        slab->summary |= UINT64_C(1) << index / UVAS_GROUP;
+    if (LIKELY(bin->knows < bin->most)) {
+        bin->known[bin->knows++] = (struct uvas_known){address, &slab->blocks[index]};
+        return 0;
     }
-    uint64_t counts = --slab->counts;
-    return LIKELY((int16_t)counts > 0 || ((int16_t)counts == 0 && !slab->next && !slab->previous)) ? 0 : CHANGED;
+    slab->summary |= UINT64_C(1) << index / UVAS_GROUP;
+    int32_t used = (int32_t)--slab->used; /* below 0: unlisted */
+    return LIKELY(used > 0 || (used == 0 && !slab->next && !slab->previous)) ? 0 : CHANGED;
 }
 
 /* ---- by others --------------------------------------------------------------------------------------------------------------------------------------- */

@@ -98,6 +98,9 @@ static struct uvas_heap *settle(struct uvas_arena *arena, struct uvas_heap *fres
     if (!heap) {
         heap = fresh;
         memset((char *)heap + offsetof(struct uvas_heap, large_blocks), 0, sizeof *heap - offsetof(struct uvas_heap, large_blocks));
+        for (uint32_t class = 0; class < UVAS_CLASSES; class++) {
+            heap->bins[class].most = uvas_bin_most(class);
+        }
         heap->arena = arena;
         heap->near_bytes = 0;
         heap->bare = (arena->flags & UVAS_ARENA_BARE) != 0;
@@ -173,16 +176,16 @@ void uvas_heap_empty(struct uvas_heap *heap) {
     for (uint32_t class = 0; class < UVAS_CLASSES; class++) {
         struct uvas_bin *bin = &heap->bins[class];
         struct uvas_slab *next;
-        uvas_bin_forget(bin);
+        uvas_bin_forget(heap, bin);
         for (struct uvas_slab *slab = bin->free; slab; slab = next) {
             next = slab->next;
-            if (!(slab->counts & UVAS_SLAB_USED)) {
+            if (!slab->used) {
                 uvas_slab_unlist(&bin->free, slab);
                 uvas_slab_end(arena, slab);
             } else if (heap != orphans) {
                 uvas_slab_unlist(&bin->free, slab);
                 uvas_slab_list(uvas_slab_has_room(slab) ? &orphans->bins[class].free : &orphans->bins[class].full, slab);
-                slab->counts |= uvas_slab_has_room(slab) ? 0 : UVAS_SLAB_UNLISTED;
+                slab->used |= uvas_slab_has_room(slab) ? 0 : UVAS_SLAB_UNLISTED;
                 atomic_store_explicit(&slab->run.owner, orphans, memory_order_release);
             }
         }
@@ -200,6 +203,11 @@ void uvas_heap_count(struct uvas_heap *heap) {
     arena->ended_blocks += heap->large_blocks;
     arena->ended_bytes += heap->large_bytes;
     heap->large_blocks = heap->large_bytes = 0;
+    for (uint32_t class = 0; class < UVAS_CLASSES; class++) {
+        arena->ended_blocks += heap->bins[class].allocated;
+        arena->ended_bytes += heap->bins[class].allocated * uvas_class_bytes(class);
+        heap->bins[class].allocated = 0;
+    }
 }
 
 /* The thread ends: what it keeps goes to the arena, unless that was closed meanwhile. */

@@ -91,33 +91,42 @@ struct uvas_slab *uvas_bin_slab(struct uvas_bin *bin) {
         struct uvas_slab *slab = bin->free;
         uvas_slab_unlist(&bin->free, slab);
         uvas_slab_list(&bin->full, slab);
-        slab->counts |= UVAS_SLAB_UNLISTED;
+        slab->used |= UVAS_SLAB_UNLISTED;
     }
     return bin->free;
 }
 
 void uvas_bin_learn(struct uvas_bin *bin, struct uvas_slab *slab) {
-    size_t count = atomic_load_explicit(&slab->run.count, memory_order_relaxed), left = count - (slab->counts & UVAS_SLAB_USED);
+    size_t count = atomic_load_explicit(&slab->run.count, memory_order_relaxed), left = count - slab->used;
     uintptr_t base = uvas_run_base(&slab->run), block = atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed);
     assert(bin->knows == 0 && left > 0 && slab->summary);
-    bin->knows = left = left < UVAS_KNOWN ? left : UVAS_KNOWN;
+    bin->knows = (uint32_t)(left = left < bin->most ? left : bin->most);
+    slab->used += bin->knows;
     while (left > 0) {
         size_t group = (size_t)__builtin_ctzll(slab->summary), index = 0;
         uint64_t free = uvas_slab_group(slab, group, UVAS_BLOCK_FREE);
         for (; free && left > 0; free &= free - 1) {
             index = group * UVAS_GROUP + (size_t)__builtin_ctzll(free);
-            bin->known[--left] = (struct uvas_known){base + index * block + (slab->clean && index >= slab->high), slab, index};
+            bin->known[--left] = (struct uvas_known){base + index * block + (slab->clean && index >= slab->high), &slab->blocks[index]};
         }
         slab->summary &= free ? ~UINT64_C(0) : slab->summary - 1;
         slab->high = index < slab->high ? slab->high : (uint32_t)index + 1;
     }
 }
 
-void uvas_bin_forget(struct uvas_bin *bin) {
-    while (bin->knows > 0) {
-        const struct uvas_known *known = &bin->known[--bin->knows];
-        known->slab->summary |= UINT64_C(1) << known->index / UVAS_GROUP;
+uint32_t uvas_bin_most(uint32_t class) {
+    size_t bytes = uvas_class_bytes(class);
+    return bytes <= 4096 ? UVAS_KNOWN : bytes <= 16384 ? 8 : bytes <= 65536 ? 4 : 2; /* as slabs of large blocks have few */
+}
+
+uint32_t uvas_slab_known(const struct uvas_slab *slab) {
+    struct uvas_heap *owner = atomic_load_explicit(&slab->run.owner, memory_order_relaxed);
+    const struct uvas_bin *bin = owner ? uvas_slab_bin(owner, slab) : NULL;
+    uint32_t known = 0;
+    for (uint32_t i = 0; bin && i < bin->knows; i++) {
+        known += (size_t)(bin->known[i].state - slab->blocks) < UVAS_GROUP * slab->run.groups;
     }
+    return known;
 }
 
 /* ---- beginning and end ----------------------------------------------------------------------------------------------------------------------- */
@@ -126,7 +135,7 @@ static void lay_out(struct uvas_slab *slab, uint32_t class, size_t bytes, size_t
     size_t block_bytes = uvas_class_bytes(class);
     slab->class = class;
     slab->run.bin_at = (uint32_t)(offsetof(struct uvas_heap, bins) + class * sizeof(struct uvas_bin));
-    slab->counts = slab->high = 0;
+    slab->used = slab->high = 0;
     slab->clean = !touched;
     atomic_store_explicit(&slab->run.block_bytes, (uint32_t)block_bytes, memory_order_relaxed);
     atomic_store_explicit(&slab->run.count, (uint32_t)count, memory_order_relaxed);
@@ -174,21 +183,13 @@ int uvas_slab_make(struct uvas_arena *arena, uvas_id id, uint32_t class, enum uv
 
 void uvas_slab_adopt(struct uvas_heap *heap, struct uvas_slab *slab) {
     atomic_store_explicit(&slab->run.owner, heap, memory_order_release);
-    slab->counts &= ~UVAS_SLAB_UNLISTED;
+    slab->used &= ~UVAS_SLAB_UNLISTED;
     uvas_slab_list(&heap->bins[slab->class].free, slab);
     atomic_store_explicit(&slab->run.state, UVAS_RUN_SLAB, memory_order_release);
 }
 
-void uvas_slab_count(struct uvas_arena *arena, struct uvas_slab *slab) {
-    uint64_t blocks = slab->counts / UVAS_SLAB_EVER;
-    arena->ended_blocks += blocks;
-    arena->ended_bytes += blocks * uvas_class_bytes(slab->class);
-    slab->counts %= UVAS_SLAB_EVER;
-}
-
 void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab) {
-    assert((slab->counts & UVAS_SLAB_USED) == 0);
-    uvas_slab_count(arena, slab);
+    assert((slab->used & ~UVAS_SLAB_UNLISTED) == 0);
     struct uvas_run *hole = slab->run.spare;
     atomic_store_explicit(&slab->run.owner, &arena->orphans, memory_order_release); /* no thread's: so a heap that is the owner knows that it is a slab */
     (void)uvas_pages_give(arena, &slab->run, hole);
@@ -198,23 +199,37 @@ void uvas_slab_end(struct uvas_arena *arena, struct uvas_slab *slab) {
 /* A block of it has come back: it is where blocks are taken from. true: it is empty, and not needed; it is in no list any more. */
 static bool relist(struct uvas_heap *heap, struct uvas_slab *slab) {
     struct uvas_bin *bin = &heap->bins[slab->class];
-    if (slab->counts & UVAS_SLAB_UNLISTED) {
+    if (slab->used & UVAS_SLAB_UNLISTED) {
         uvas_slab_unlist(&bin->full, slab);
         list_second(&bin->free, slab);
-        slab->counts &= ~UVAS_SLAB_UNLISTED;
+        slab->used &= ~UVAS_SLAB_UNLISTED;
     }
-    if (!(slab->counts & UVAS_SLAB_USED) && (bin->free != slab || slab->next)) { /* an empty one is kept only where there is no other */
+    if (!slab->used && (bin->free != slab || slab->next)) { /* an empty one is kept only where there is no other */
         uvas_slab_unlist(&bin->free, slab);
-        uvas_bin_forget(bin); /* some of them are in it, perhaps */
         return true;
     }
     return false;
 }
 
+void uvas_bin_forget(struct uvas_heap *heap, struct uvas_bin *bin) {
+    while (bin->knows > 0) {
+        const struct uvas_known *known = &bin->known[--bin->knows];
+        const struct uvas_region *region = uvas_arena_region(heap->arena, known->address);
+        struct uvas_slab *slab = (struct uvas_slab *)uvas_region_find(region, known->address);
+        slab->summary |= UINT64_C(1) << (size_t)(known->state - slab->blocks) / UVAS_GROUP;
+        slab->used--;
+        if (relist(heap, slab)) {
+            uvas_slab_end(heap->arena, slab);
+        }
+    }
+}
+
 void uvas_slab_changed(struct uvas_heap *heap, struct uvas_slab *slab) {
     if (relist(heap, slab)) {
+        struct uvas_bin *bin = uvas_slab_bin(heap, slab);
         (void)pthread_mutex_lock(&heap->arena->lock);
         uvas_slab_end(heap->arena, slab);
+        uvas_bin_forget(heap, bin); /* what is freed last shall not keep other slabs, which are empty but for it */
         (void)pthread_mutex_unlock(&heap->arena->lock);
     }
 }
@@ -239,7 +254,7 @@ void uvas_slab_notify(struct uvas_slab *slab) {
 
 /* Takes in what others freed. true: as relist. */
 static bool collect(struct uvas_heap *heap, struct uvas_slab *slab) {
-    uint64_t collected = 0;
+    uint32_t collected = 0;
     for (size_t group = 0; group < slab->run.groups; group++) {
         uint64_t freed = uvas_slab_group(slab, group, UVAS_BLOCK_FREED);
         slab->summary |= (uint64_t)(freed != 0) << group;
@@ -250,7 +265,7 @@ static bool collect(struct uvas_heap *heap, struct uvas_slab *slab) {
             atomic_store_explicit(block, UVAS_BLOCK_FREE, memory_order_relaxed);
         }
     }
-    slab->counts -= collected;
+    slab->used -= collected;
     return collected && relist(heap, slab);
 }
 
