@@ -45,7 +45,7 @@ static int add_slab(struct uvas_heap *heap, const struct uvas_ask *ask, uint32_t
     struct uvas_slab *slab;
     int rc = uvas_slab_make(heap->arena, ask->id, class, ask->wait ? UVAS_EFFORT_MODEST : UVAS_EFFORT_NO_WAIT, &slab);
     if (rc == 0) {
-        while (!uvas_heap_enter(heap) && !uvas_heap_enter_fenced(heap)) { /* the arena cannot close: it has a busy run */
+        while (!uvas_heap_enter(heap, ask->id) && !uvas_heap_enter_fenced(heap)) { /* the arena cannot close: it has a busy run */
             uvas_heap_wait_at_door(heap);
         }
         uvas_slab_adopt(heap, slab);
@@ -167,8 +167,8 @@ SLOW static int alloc_after_look(struct uvas_heap *heap, uvas_id id, size_t size
 
 QUICK int alloc(uvas_id id, size_t size, size_t align, unsigned how, uintptr_t *out) {
     struct uvas_heap *heap = uvas_thread.last;
-    if (LIKELY(heap && size - 1 < UVAS_SMALL_MAX && (align == 0 || align == UVAS_ALIGN_LEAST) && uvas_heap_enter(heap))) {
-        if (LIKELY(atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id && !(how & ZERO & heap->bare))) {
+    if (LIKELY(heap && size - 1 < UVAS_SMALL_MAX && (align == 0 || align == UVAS_ALIGN_LEAST) && uvas_heap_enter(heap, id))) {
+        if (LIKELY(!(how & ZERO & heap->bare))) {
             struct uvas_bin *bin = &heap->bins[uvas_class_of(size)];
             return LIKELY(bin->knows) ? hand_out(heap, bin, how, out) : alloc_after_look(heap, id, size, how, out);
         }

@@ -217,7 +217,7 @@ static void detach_heaps(struct uvas_arena *arena) {
         atomic_store_explicit(&heap->arena_id, UVAS_NO_ARENA, memory_order_relaxed);
         bool idle = heap->idle;
         heap->idle = false;
-        atomic_store_explicit(&heap->shut, uvas_door_unshut(heap), memory_order_release);
+        uvas_door_unshut(heap);
         if (idle) {
             uvas_metadata_give(UVAS_METADATA_HEAP, heap);
         }

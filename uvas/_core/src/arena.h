@@ -48,7 +48,7 @@
 #define UVAS_CLASSES 96u                      /* 8 up to 128 bytes, then 8 for each doubling */
 #define UVAS_GROUP ((size_t)64)               /* blocks of a slab; it has at most as many groups, so that one word tells which have free blocks */
 #define UVAS_BINS 512u                        /* holes of so many pages and fewer have a list for each size */
-#define UVAS_KNOWN 16u /* free blocks that a bin knows without looking at bits */
+#define UVAS_KNOWN 14u /* free blocks that a bin knows without looking at bytes; so that a bin has 256 bytes */
 #define UVAS_KEPT_RUNS 16u                    /* by a heap */
 #define UVAS_KEPT_RUN_MAX ((size_t)4 << 20)   /* bytes of the largest of them */
 #define UVAS_KEPT_MAX ((size_t)16 << 20)      /* bytes of all of them */
@@ -97,7 +97,7 @@ struct uvas_run { /* the first cache line is what those read who allocate and fr
             struct uvas_run *idle_next, *idle_previous; /* holes in the order in which they last grew */
         };
         struct { /* slabs */
-            _Atomic uint64_t reciprocal;       /* 2^40 / block_bytes, rounded up; fixed while it is a slab, as are the next two; read by anyone */
+            _Atomic uint64_t reciprocal;       /* 2^64 / block_bytes, rounded up; fixed while it is a slab, as are the next two; read by anyone */
             _Atomic uint32_t block_bytes;
             _Atomic uint32_t count;
             _Atomic uint32_t pending;  /* 1: it is in some heap's stack, or about to be. Never reset but by who takes it off */
@@ -245,16 +245,18 @@ struct uvas_bin { /* slabs of one class that a heap owns */
     struct uvas_slab *free; /* with free blocks, or some that are full by now */
     struct uvas_slab *full;
 };
+_Static_assert(sizeof(struct uvas_bin) == 256, "a bin is found by a shift");
 
 #define UVAS_NO_ARENA UINT64_MAX /* no id, also not 0, which callers may have */
 
 enum { UVAS_DOOR_OPEN = 0, UVAS_DOOR_AJAR = 1, UVAS_DOOR_SHUT = 2 };
 
 struct uvas_heap {
-    /* The door. `inside`: written by the owner only, 1 while it works in here. `shut`: written under the arena's door by who shuts it.
+    /* The door. `inside`: written by the owner only, 1 while it works in here. `door`, `open_to`: written under the arena's door by who shuts it.
      * Each side writes its word, then reads the other's; which needs a full barrier between, and that is the other side's (membarrier). */
     _Atomic uint32_t inside;
-    _Atomic uint32_t shut; /* UVAS_DOOR_... */
+    _Atomic uint32_t door;   /* UVAS_DOOR_... */
+    _Atomic uvas_id open_to; /* the arena's id while the door is open; UVAS_NO_ARENA: it is not, or the heap is of no arena */
     _Atomic uvas_id arena_id; /* UVAS_NO_ARENA: of none now. Changed by the owner, or with the door shut */
     /* Where the last block that this thread freed lay: base, bytes and map of that region. The owner's */
     uintptr_t near_base;
@@ -381,7 +383,7 @@ int uvas_heap_go_in(struct uvas_heap *heap, uvas_id id, bool wait); /* 0; -EAGAI
 void uvas_heap_wait_at_door(struct uvas_heap *heap);
 void uvas_doors_shut(struct uvas_arena *arena); /* every thread is outside, and stays there */
 void uvas_doors_open(struct uvas_arena *arena);
-uint32_t uvas_door_unshut(const struct uvas_heap *heap); /* what its door is when nobody shuts it: OPEN or AJAR */
+void uvas_door_unshut(struct uvas_heap *heap); /* open, or where it never is, ajar. Under door */
 #define UVAS_ARENA_INDEX 0xffffffu /* of an id: slots.h */
 void uvas_heap_empty(struct uvas_heap *heap); /* all that it keeps goes to the arena. The door is shut, or it is the caller's own; under lock */
 void uvas_heap_count(struct uvas_heap *heap);  /* its counters go to the arena. Likewise */
@@ -396,21 +398,22 @@ extern _Thread_local struct uvas_thread {
     uint32_t count;
 } uvas_thread __attribute__((tls_model("initial-exec")));
 
-/* Goes inside. false: the door is shut (or this kernel has no membarrier: then it is ajar), and the caller is outside. */
-static inline bool uvas_heap_enter(struct uvas_heap *heap) {
+/* Goes inside, if the heap is that arena's. false: it is not, or the door is shut (or this kernel has no membarrier: then it is ajar), and the caller
+ * is outside. */
+static inline bool uvas_heap_enter(struct uvas_heap *heap, uvas_id id) {
     atomic_store_explicit(&heap->inside, 1, memory_order_relaxed);
     atomic_signal_fence(memory_order_seq_cst); /* the compiler's order; the processor's is made by membarrier on the other side */
-    if (__builtin_expect(atomic_load_explicit(&heap->shut, memory_order_acquire) == UVAS_DOOR_OPEN, 1)) {
+    if (__builtin_expect(atomic_load_explicit(&heap->open_to, memory_order_acquire) == id, 1)) {
         return true;
     }
     atomic_store_explicit(&heap->inside, 0, memory_order_release);
     return false;
 }
 
-/* The same with the barrier on this side, for slower ways: also through a door that is ajar. */
+/* The same with the barrier on this side, for slower ways: also through a door that is ajar, and whoever's the heap is. */
 static inline bool uvas_heap_enter_fenced(struct uvas_heap *heap) {
     (void)atomic_exchange_explicit(&heap->inside, 1, memory_order_seq_cst);
-    if (atomic_load_explicit(&heap->shut, memory_order_seq_cst) != UVAS_DOOR_SHUT) {
+    if (atomic_load_explicit(&heap->door, memory_order_seq_cst) != UVAS_DOOR_SHUT) {
         return true;
     }
     atomic_store_explicit(&heap->inside, 0, memory_order_release);
@@ -473,10 +476,14 @@ void uvas_slab_notify(struct uvas_slab *slab); /* after a block was marked as fr
 
 /* -- find.c: by anyone; true if it was so while the call ran -- */
 
-#define UVAS_RECIPROCAL_BITS 40 /* offset * (2^40 / size, rounded up) >> 40 is exact: the error is below 2^18 * 2^21 / 2^40 < 1 */
-
-static inline size_t uvas_slab_index(const struct uvas_slab *slab, size_t offset) {
-    return (size_t)(offset * atomic_load_explicit(&slab->run.reciprocal, memory_order_relaxed) >> UVAS_RECIPROCAL_BITS);
+/* Which block of the slab an offset is in; *begins: it is where that begins. By one multiplication: with c = 2^64 / size, rounded up, the upper half of
+ * offset * c is the quotient and the lower half is below c where there is no remainder, for offsets below 2^32 (Lemire, Kaser and Kurz, Faster
+ * remainder by direct computation, 2019). Of an offset that is beyond the slab the index is, too. */
+static inline size_t uvas_slab_index(const struct uvas_slab *slab, size_t offset, bool *begins) {
+    uint64_t reciprocal = atomic_load_explicit(&slab->run.reciprocal, memory_order_relaxed);
+    unsigned __int128 product = (unsigned __int128)offset * reciprocal;
+    *begins = (uint64_t)product < reciprocal;
+    return (size_t)(product >> 64);
 }
 
 bool uvas_block_locate(const struct uvas_region *region, uintptr_t address, struct uvas_run **run, uintptr_t *base, size_t *bytes); /* a live block */

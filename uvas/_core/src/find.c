@@ -18,7 +18,8 @@ struct uvas_region *uvas_arena_region(const struct uvas_arena *arena, uintptr_t 
 
 static bool slab_block(struct uvas_slab *slab, uintptr_t address, uintptr_t *base, size_t *bytes) {
     uintptr_t start = uvas_run_base(&slab->run);
-    size_t index = uvas_slab_index(slab, address - start), size = atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed);
+    bool begins;
+    size_t index = uvas_slab_index(slab, address - start, &begins), size = atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed);
     if (index >= atomic_load_explicit(&slab->run.count, memory_order_relaxed) || index / UVAS_GROUP >= slab->run.groups) {
         return false;
     }

@@ -13,10 +13,9 @@ enum { CHANGED = UVAS_WANTS_OUTSIDE + 1 }; /* an answer: the slab is to go to an
 
 /* Whether a block of the slab begins there. false also where the slab is elsewhere now. */
 QUICK bool begins(const struct uvas_slab *slab, uintptr_t address, size_t *index) {
-    size_t offset = address - uvas_run_base(&slab->run);
-    *index = uvas_slab_index(slab, offset);
-    return *index < atomic_load_explicit(&slab->run.count, memory_order_relaxed) &&
-           *index * atomic_load_explicit(&slab->run.block_bytes, memory_order_relaxed) == offset;
+    bool there;
+    *index = uvas_slab_index(slab, address - uvas_run_base(&slab->run), &there);
+    return *index < atomic_load_explicit(&slab->run.count, memory_order_relaxed) && there;
 }
 
 /* 0, CHANGED, or -EINVAL: it is not the base of a live block. */
@@ -174,11 +173,7 @@ SLOW static int free_changed(struct uvas_heap *heap, struct uvas_slab *slab) {
 
 QUICK int free_block(uvas_id id, uintptr_t address, bool wait) {
     struct uvas_heap *heap = uvas_thread.last;
-    if (!LIKELY(heap && uvas_heap_enter(heap))) {
-        return free_any(id, address, wait);
-    }
-    if (!LIKELY(atomic_load_explicit(&heap->arena_id, memory_order_relaxed) == id)) {
-        uvas_heap_leave(heap);
+    if (!LIKELY(heap && uvas_heap_enter(heap, id))) {
         return free_any(id, address, wait);
     }
     uintptr_t offset = address - heap->near_base;

@@ -28,7 +28,8 @@ static pthread_key_t at_thread_end;
 void uvas_doors_shut(struct uvas_arena *arena) {
     (void)pthread_mutex_lock(&arena->door);
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
-        atomic_store_explicit(&heap->shut, UVAS_DOOR_SHUT, memory_order_seq_cst);
+        atomic_store_explicit(&heap->open_to, UVAS_NO_ARENA, memory_order_seq_cst);
+        atomic_store_explicit(&heap->door, UVAS_DOOR_SHUT, memory_order_seq_cst);
     }
     if (asymmetric && arena->heaps) {
         uvas_vm_barrier(); /* made with the door's lock held, as fork is: it asks nobody and takes microseconds */
@@ -40,13 +41,15 @@ void uvas_doors_shut(struct uvas_arena *arena) {
     }
 }
 
-uint32_t uvas_door_unshut(const struct uvas_heap *heap) {
-    return asymmetric && !heap->hardened ? UVAS_DOOR_OPEN : UVAS_DOOR_AJAR;
+void uvas_door_unshut(struct uvas_heap *heap) {
+    bool open = asymmetric && !heap->hardened;
+    atomic_store_explicit(&heap->door, open ? UVAS_DOOR_OPEN : UVAS_DOOR_AJAR, memory_order_release);
+    atomic_store_explicit(&heap->open_to, open ? atomic_load_explicit(&heap->arena_id, memory_order_relaxed) : UVAS_NO_ARENA, memory_order_release);
 }
 
 void uvas_doors_open(struct uvas_arena *arena) {
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
-        atomic_store_explicit(&heap->shut, uvas_door_unshut(heap), memory_order_release);
+        uvas_door_unshut(heap);
     }
     (void)pthread_mutex_unlock(&arena->door);
 }
@@ -58,7 +61,10 @@ void uvas_heap_wait_at_door(struct uvas_heap *heap) {
 }
 
 int uvas_heap_go_in(struct uvas_heap *heap, uvas_id id, bool wait) {
-    while (!uvas_heap_enter(heap) && !uvas_heap_enter_fenced(heap)) {
+    if (uvas_heap_enter(heap, id)) {
+        return 0;
+    }
+    while (!uvas_heap_enter_fenced(heap)) {
         if (!wait) {
             return -EAGAIN;
         }
@@ -105,7 +111,6 @@ static struct uvas_heap *settle(struct uvas_arena *arena, struct uvas_heap *fres
         heap->near_bytes = 0;
         heap->bare = (arena->flags & UVAS_ARENA_BARE) != 0;
         heap->hardened = arena->flags & (UVAS_ARENA_GUARD | UVAS_ARENA_POISON);
-        atomic_store_explicit(&heap->shut, uvas_door_unshut(heap), memory_order_relaxed);
         heap->previous = NULL;
         heap->next = arena->heaps;
         if (heap->next) {
@@ -113,6 +118,7 @@ static struct uvas_heap *settle(struct uvas_arena *arena, struct uvas_heap *fres
         }
         arena->heaps = heap;
         atomic_store_explicit(&heap->arena_id, arena->id, memory_order_relaxed);
+        uvas_door_unshut(heap);
     }
     heap->idle = false;
     return heap;

@@ -144,7 +144,7 @@ int uvas_large_alloc(struct uvas_heap *heap, const struct uvas_ask *ask, uintptr
         if (rc < 0) {
             return rc;
         }
-        while (!uvas_heap_enter(heap) && !uvas_heap_enter_fenced(heap)) { /* the arena cannot close: it has a busy run */
+        while (!uvas_heap_enter(heap, ask->id) && !uvas_heap_enter_fenced(heap)) { /* the arena cannot close: it has a busy run */
             uvas_heap_wait_at_door(heap);
         }
     } else if (ask->zero) {

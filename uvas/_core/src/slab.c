@@ -139,7 +139,7 @@ static void lay_out(struct uvas_slab *slab, uint32_t class, size_t bytes, size_t
     slab->clean = !touched;
     atomic_store_explicit(&slab->run.block_bytes, (uint32_t)block_bytes, memory_order_relaxed);
     atomic_store_explicit(&slab->run.count, (uint32_t)count, memory_order_relaxed);
-    atomic_store_explicit(&slab->run.reciprocal, ((UINT64_C(1) << UVAS_RECIPROCAL_BITS) + block_bytes - 1) / block_bytes, memory_order_relaxed);
+    atomic_store_explicit(&slab->run.reciprocal, UINT64_MAX / block_bytes + 1, memory_order_relaxed);
     assert(bytes / block_bytes >= count && count <= UVAS_GROUP * slab->run.groups);
     size_t groups = (count + UVAS_GROUP - 1) / UVAS_GROUP;
     slab->summary = ~UINT64_C(0) >> (64 - groups);
