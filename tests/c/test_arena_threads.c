@@ -369,6 +369,29 @@ static void what_threads_keep_is_bounded(void) {
     end_scene(&scene);
 }
 
+/* A thread knows the blocks that it freed first, one in each of many slabs; then those slabs have nothing else in them. */
+static void what_was_freed_first_keeps_no_slab(void) {
+    enum { SIZE = 1024, IN_A_SLAB = 64, SLABS = 16 };
+    static uintptr_t blocks[SLABS * IN_A_SLAB];
+    scene = growing_scene(&(struct uvas_arena_options){.idle_ns = UINT64_MAX});
+    for (size_t i = 0; i < SLABS * IN_A_SLAB; i++) {
+        blocks[i] = must_alloc(scene.arena, SIZE, 0);
+    }
+    for (size_t slab = 0; slab < SLABS - 1; slab++) {
+        CHECK_OK(uvas_free(scene.arena, blocks[slab * IN_A_SLAB]));
+    }
+    CHECK_OK(uvas_arena_check(scene.arena));
+    for (size_t i = 0; i < SLABS * IN_A_SLAB; i++) {
+        if (i % IN_A_SLAB || i / IN_A_SLAB == SLABS - 1) {
+            CHECK_OK(uvas_free(scene.arena, blocks[i]));
+        }
+    }
+    struct uvas_arena_stats now = stats_of(scene.arena);
+    CHECK(now.live_blocks == 0 && now.used_bytes <= 2 * SIZE * IN_A_SLAB);
+    CHECK_OK(uvas_arena_check(scene.arena));
+    end_scene(&scene);
+}
+
 /* ---- threads that end ------------------------------------------------------------------------------------------------------- */
 
 static void *leaves_blocks(void *argument) {
@@ -591,6 +614,7 @@ int main(int argc, char **argv) {
         TEST(what_threads_keep_is_no_obstacle),
         TEST(what_threads_keep_is_charged_back),
         TEST(what_threads_keep_is_bounded),
+        TEST(what_was_freed_first_keeps_no_slab),
         TEST(a_thread_that_ends),
         TEST(a_thread_that_ends_keeps_nothing),
         TEST(arenas_that_end_before_threads),

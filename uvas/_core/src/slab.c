@@ -229,7 +229,7 @@ void uvas_slab_changed(struct uvas_heap *heap, struct uvas_slab *slab) {
         struct uvas_bin *bin = uvas_slab_bin(heap, slab);
         (void)pthread_mutex_lock(&heap->arena->lock);
         uvas_slab_end(heap->arena, slab);
-        uvas_bin_forget(heap, bin); /* what is freed last shall not keep other slabs, which are empty but for it */
+        uvas_bin_forget(heap, bin); /* what it knows shall not keep other slabs, which are empty but for it */
         (void)pthread_mutex_unlock(&heap->arena->lock);
     }
 }
