@@ -39,6 +39,7 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         return {one for one in opened if not card or any(word in one for word in _OURS)}, children()
 
     gc.collect()
+    gc.freeze()  # what is there is no test's: the collections below need not look at all of CuPy and pandas each time
     before = left()
     assert uvas.AddressSpace.__name__  # the library is loaded before anything is counted
     yield
