@@ -92,13 +92,15 @@ def mappings(low: int = 0, high: int = 1 << 64, process: int | str = "self") -> 
     """All that is mapped in [low, high). What merged during the look may be told twice by the kernel, not by this."""
     found, told = [], 0
     for line in Path(f"/proc/{process}/maps").read_text(errors="replace").splitlines():
-        fields = line.split(maxsplit=5)
-        start, end = (int(part, 16) for part in fields[0].split("-"))
-        offset, inode = int(fields[2], 16), int(fields[4])
+        first, _, rest = line.partition("-")
+        last, _, rest = rest.partition(" ")
+        start, end = int(first, 16), int(last, 16)
         fresh = max(start, told)
         if fresh < min(end, high) and low < end:
-            name = fields[5] if len(fields) > 5 else ""
-            found.append(Mapping(fresh, end, fields[1], offset + (fresh - start if inode else 0), inode, name))
+            fields = rest.split(maxsplit=4)
+            offset, inode = int(fields[1], 16), int(fields[3])
+            name = fields[4] if len(fields) > 4 else ""
+            found.append(Mapping(fresh, end, fields[0], offset + (fresh - start if inode else 0), inode, name))
         told = max(told, end)
     return found
 
