@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import mirror
 import pytest
@@ -54,6 +55,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes: set UVAS_FULL=1"))
+
+
+_settled: Path | None = None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let collections look at what the tests of a module make, and at nothing older.
+
+    Many tests collect, to see that nothing is left. All that pytest and the libraries have made by now is some hundred
+    thousand objects, which take longer to look at than most tests take.
+    """
+    global _settled
+    if item.path != _settled:
+        _settled = item.path
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
+import struct
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -90,6 +92,9 @@ class Mapping:
 
 def mappings(low: int = 0, high: int = 1 << 64, process: int | str = "self") -> list[Mapping]:
     """All that is mapped in [low, high). What merged during the look may be told twice by the kernel, not by this."""
+    if high < 1 << 64:
+        with contextlib.suppress(OSError), open(f"/proc/{process}/maps", "rb", buffering=0) as maps:
+            return list(_asked(maps.fileno(), low, high))
     found, told = [], 0
     for line in Path(f"/proc/{process}/maps").read_text(errors="replace").splitlines():
         fields = line.split(maxsplit=5)
@@ -101,6 +106,31 @@ def mappings(low: int = 0, high: int = 1 << 64, process: int | str = "self") -> 
             found.append(Mapping(fresh, end, fields[1], offset + (fresh - start if inode else 0), inode, name))
         told = max(told, end)
     return found
+
+
+_QUERY = struct.Struct("=9Q4I2Q")  # struct procmap_query, Linux 6.11
+_QUERY_COMMAND = 3 << 30 | _QUERY.size << 16 | ord("f") << 8 | 17
+_OR_NEXT = 0x10
+
+
+def _asked(maps: int, low: int, high: int) -> Iterator[Mapping]:
+    """The same, mapping by mapping: with all libraries loaded the text has two thousand lines, and takes 10 ms."""
+    buffer, told = ctypes.create_string_buffer(4096), 0
+    while low < high:
+        ask = bytearray(_QUERY.pack(_QUERY.size, _OR_NEXT, low, *[0] * 8, len(buffer), 0, ctypes.addressof(buffer), 0))
+        try:
+            fcntl.ioctl(maps, _QUERY_COMMAND, ask)
+        except FileNotFoundError:  # nothing from there on
+            return
+        start, end, flags, _, offset, inode, _, _, length = _QUERY.unpack(ask)[3:12]
+        if start >= high:
+            return
+        permissions = "".join(letter if flags >> bit & 1 else "-" for bit, letter in enumerate("rwx"))
+        name = buffer.value.decode(errors="replace") if length else ""
+        fresh = max(start, told)
+        shared = "s" if flags & 8 else "p"
+        yield Mapping(fresh, end, permissions + shared, offset + fresh - start if inode else 0, inode, name)
+        low = told = end
 
 
 def descriptors() -> set[str]:

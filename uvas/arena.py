@@ -250,7 +250,8 @@ class Arena(core.Allocator):
         stats = self.stats()
         message = (
             f"{self!r} has no room for {size:#x} bytes: of its limit of {error.limit:#x}, {stats.used_bytes:#x} are in "
-            f"use ({stats.live_blocks} blocks of {stats.live_bytes:#x}); the largest hole has {stats.largest_hole:#x}"
+            f"use ({stats.live_blocks} {'block' if stats.live_blocks == 1 else 'blocks'} of {stats.live_bytes:#x}); "
+            f"the largest hole has {stats.largest_hole:#x}"
         )
         who = f"arena {self._name!r}"
         return OutOfMemoryError(size, who, error.limit, stats.used_bytes, stats.largest_hole, message=message)
@@ -369,8 +370,10 @@ class Arena(core.Allocator):
             stats = self.stats()
             users = self._core.use(0)
             numpy = f", and NumPy allocates from it ({users} users)" if users else ""
+            one = stats.live_blocks == 1
             raise BufferError(
-                f"{self!r} is not closed: {stats.live_blocks} blocks of {stats.live_bytes:#x} bytes live{numpy}"
+                f"{self!r} is not closed: {stats.live_blocks} {'block' if one else 'blocks'} of {stats.live_bytes:#x} "
+                f"bytes {'lives' if one else 'live'}{numpy}"
             )
         if code < 0 and code != -ESTALE:
             raise raise_answer(code)

@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -119,6 +120,16 @@ def run(command: list[str]) -> str | None:
     return f"exit code {code}" if code else None
 
 
+def outcomes(commands: dict[str, list[str]]) -> Iterator[tuple[str, str | None]]:
+    """Run tests; what is wrong with each. Stress tests, which want all CPUs, one by one, the others together."""
+    for name, command in commands.items():
+        if name.startswith("stress_"):
+            yield name, run(command)
+    others = [name for name in commands if not name.startswith("stress_")]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        yield from zip(others, threads.map(lambda name: run(commands[name]), others), strict=True)
+
+
 def main() -> int:
     """Build and run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,8 +141,8 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as directory:
         builder = Builder(Path(directory), arguments.sanitizer)
-        for name, program in builder.build(names).items():
-            wrong = run(builder.command(program, arguments.seconds))
+        commands = {name: builder.command(one, arguments.seconds) for name, one in builder.build(names).items()}
+        for name, wrong in outcomes(commands):
             failed += wrong is not None
             print(f"{name} [{arguments.sanitizer or 'plain'}]: {wrong or 'good'}", flush=True)
     return 1 if failed or not names else 0

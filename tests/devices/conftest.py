@@ -6,11 +6,12 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import machine
+import on_device
 import pytest
 
 import uvas
@@ -29,6 +30,17 @@ _OURS = ("uvas", "[userfaultfd]", "[pidfd]")
 """What the targets of uvas's own descriptors have in them. A GPU's driver opens others, and keeps them."""
 
 
+_failed = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember that a test has failed."""
+    report = yield
+    item.stash[_failed] = item.stash.get(_failed, False) or report.failed
+    return report
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """No process, no descriptor, no range of addresses."""
@@ -39,10 +51,13 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         return {one for one in opened if not card or any(word in one for word in _OURS)}, children()
 
     gc.collect()
+    gc.freeze()  # what is there is no test's: the collections below need not look at all of CuPy and pandas each time
     before = left()
     assert uvas.AddressSpace.__name__  # the library is loaded before anything is counted
     yield
-    patience = 3 if card else 30  # what was let go of without a word is buried by threads
+    if request.node.stash[_failed]:  # the frames of its error hold what it had, for as long as anybody waits
+        return
+    patience = 3 if card else 10  # what was let go of without a word is buried by threads
     deadline = time.monotonic() + patience
     while gc.collect() >= 0 and left() != before and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -55,7 +70,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=list(MEMORIES))
+@pytest.fixture(scope="module", params=list(MEMORIES))
 def memory(request: pytest.FixtureRequest) -> dict[str, Any]:
     """How to make workers: with memory that is shared, and with memory of their own."""
     return MEMORIES[request.param]
@@ -66,6 +81,20 @@ def device(memory: dict[str, Any]) -> Iterator[uvas.ProcessDevice]:
     """A worker."""
     with uvas.ProcessDevice(name="gpu0", **memory) as one:
         yield one
+
+
+@pytest.fixture(scope="module")
+def worker(memory: dict[str, Any]) -> Iterator[uvas.ProcessDevice]:
+    """A worker for all tests of a module: starting one costs more than most of them do."""
+    with uvas.ProcessDevice(name="gpu0", **memory) as one:
+        yield one
+
+
+@pytest.fixture
+def reused(worker: uvas.ProcessDevice) -> Iterator[uvas.ProcessDevice]:
+    """That worker, in which nothing stays of a test."""
+    yield worker
+    worker.run(on_device.drop)
 
 
 @pytest.fixture

@@ -14,6 +14,12 @@ import uvas
 
 
 @pytest.fixture
+def device(reused: uvas.ProcessDevice) -> uvas.ProcessDevice:
+    """One for all tests."""
+    return reused
+
+
+@pytest.fixture
 def arena(space: uvas.AddressSpace) -> Iterator[uvas.Arena]:
     """An arena in a space with a worker."""
     with uvas.Arena(space, name="shared") as one:

@@ -17,6 +17,12 @@ PAGE = machine.PAGE
 
 
 @pytest.fixture
+def device(reused: uvas.ProcessDevice) -> uvas.ProcessDevice:
+    """One for all tests."""
+    return reused
+
+
+@pytest.fixture
 def held(space):
     with space.reserve(MIB) as one:
         one.commit()

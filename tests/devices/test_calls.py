@@ -16,6 +16,12 @@ import pytest
 import uvas
 
 
+@pytest.fixture
+def device(reused: uvas.ProcessDevice) -> uvas.ProcessDevice:
+    """One for all tests."""
+    return reused
+
+
 def test_a_function_runs_elsewhere(device):
     assert device.run(on_device.process_id) == device.pid != os.getpid()
 

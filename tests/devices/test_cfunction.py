@@ -51,6 +51,12 @@ def library(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture
+def device(reused: uvas.ProcessDevice) -> uvas.ProcessDevice:
+    """One for all tests."""
+    return reused
+
+
 def test_it_runs_in_the_worker(device, library):
     assert device.run(uvas.CFunction(library, "process", "int32")) == device.pid
 

@@ -610,7 +610,7 @@ def test_out_of_memory_uses_what_other_streams_have_done_with(space, fake, now):
         second = malloc(allocator, 3 * MIB)
         assert second
         assert malloc(allocator, 3 * MIB) == 0
-        with pytest.raises(BufferError, match="1 arrays of CuPy's"):
+        with pytest.raises(BufferError, match="1 array of CuPy's lives in it"):
             allocator.close()
         free(allocator, second)
     assert not allocator._order  # closed with the arena

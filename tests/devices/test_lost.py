@@ -198,13 +198,14 @@ def test_a_reservation_after_the_loss_leaves_nothing(doomed, memory):
     device, space, _ = doomed
     with uvas.ProcessDevice(name="healthy", **memory) as healthy:
         space.attach(healthy)
+        with space.reserve(PAGE) as free:
+            wanted = free.range
         kill(device)
         before = space.stats().reserved_bytes, [held.range for held in space.ranges()]
         for _ in range(3):
             with pytest.raises(uvas.DeviceLostError):
-                space.reserve(PAGE, at=space.ranges()[-1].end + 16 * PAGE)
+                space.reserve(PAGE, at=wanted.base)
         assert (space.stats().reserved_bytes, [held.range for held in space.ranges()]) == before
-        wanted = uvas.Range(space.ranges()[-1].end + 16 * PAGE, PAGE)
         healthy.claim(wanted)  # nobody forgot it there
         healthy.unclaim(wanted)
         space.detach(healthy)

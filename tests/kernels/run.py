@@ -321,6 +321,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [kernel.name for kernel in KERNELS]
     parser.add_argument("names", nargs="*", metavar="KERNEL", help=f"{', '.join(names)} (default: all)")
+    parser.add_argument("--but", metavar="KERNEL", choices=names, help="not this one")
     parser.add_argument("--install", action="store_true", help="install what is missing, as root on Debian")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write what was seen")
     parser.add_argument(
@@ -330,12 +331,13 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(names):
         parser.error(f"no such kernel: {', '.join(sorted(unknown))}")
-    if arguments.record and arguments.names:
+    if arguments.record and (arguments.names or arguments.but):
         parser.error("the record is of all kernels")
     if arguments.readme:
         write_readme()
         return 0
-    kernels = [kernel for kernel in KERNELS if not arguments.names or kernel.name in arguments.names]
+    wanted = set(arguments.names or names) - {arguments.but}
+    kernels = [kernel for kernel in KERNELS if kernel.name in wanted]
     if arguments.install:
         install(kernels)
     every = [look(kernel) for kernel in kernels]

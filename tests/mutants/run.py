@@ -160,8 +160,8 @@ class Workshop:
         self.clean = self.copy("clean")
         self.objects = directory / "objects"
         self.objects.mkdir()
-        self.c_objects = directory / "c-objects"
-        self.c_objects.mkdir()
+        self.c_objects = Path(os.environ.get("UVAS_C_OBJECTS") or directory / "c-objects")
+        self.c_objects.mkdir(exist_ok=True)
         self.compile(self.clean, (self.clean / CORE / "src").glob("*.c"), self.objects)
         self.link(self.clean, self.objects)
 
@@ -218,7 +218,6 @@ class Workshop:
         """Run Python in a copy: the exit code, None if it took too long, and the output."""
         environment = os.environ | {
             "PYTHONPATH": str(copy),
-            "PYTHONDONTWRITEBYTECODE": "1",
             "UVAS_C_OBJECTS": str(self.c_objects),
         }
         process = subprocess.Popen(

@@ -99,6 +99,15 @@ class Machine:
             yield from self.told(state)
         yield from self.chance(state)
 
+    def one_of_its_like(self, state: State) -> State:
+        """Put a party's threads in order: no rule tells them apart, so what can come of one order can of the other."""
+        if self.threads == 1:
+            return state
+        count = self.threads * (self.devices + 1)  # the one whose writes are the kernel's is like no other
+        starts = range(0, count, self.threads)
+        ordered = [one for at in starts for one in sorted(state.threads[at : at + self.threads])]
+        return state._replace(threads=(*ordered, *state.threads[count:]))
+
     # ---- threads -----------------------------------------------------------------------------------------------------
 
     def accesses(self, state: State) -> Iterator[Move]:

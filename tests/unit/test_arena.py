@@ -647,7 +647,7 @@ def test_bare_addresses_of_a_space(space: uvas.AddressSpace) -> None:
 def test_close(space: uvas.AddressSpace) -> None:
     arena = uvas.Arena(space)
     block = arena.alloc(100)
-    with pytest.raises(BufferError, match="1 blocks"):
+    with pytest.raises(BufferError, match="1 block of"):
         arena.close()
     assert not arena.closed
     arena.alloc(100).free()

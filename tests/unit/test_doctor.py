@@ -41,6 +41,12 @@ def diagnosis(before: str = "", *, code: int = 0, **environment: str):
     return {check["name"]: check for check in said["checks"]}, {one["name"]: one for one in said["devices"]}
 
 
+def trying_only(*kinds: str) -> str:
+    """Done first, it spares the devices that a test does not ask about: most of the time goes into OpenCL's."""
+    tried = ", ".join(f"devices.check_{kind}()" for kind in kinds)
+    return f"from uvas.doctor import devices, run; run.check_devices = lambda: [{tried}]"
+
+
 @pytest.fixture(scope="module")
 def here():
     return diagnosis()
@@ -161,12 +167,12 @@ def test_nothing_is_left_behind(here):
 )
 def test_a_limit_is_seen_and_has_a_remedy(limit, value, shown, command):
     soft = f"import resource as r; r.setrlimit(r.{limit}, ({value}, r.getrlimit(r.{limit})[1]))"
-    checks, _ = diagnosis(soft)
+    checks, _ = diagnosis(f"{soft}\n{trying_only('process')}")
     assert checks[limit]["state"] == "limited"
     assert checks[limit]["value"].startswith(shown)
     assert checks[limit]["remedy"].startswith(command)
     both = f"import resource as r; r.setrlimit(r.{limit}, ({value}, {value}))"
-    checks, _ = diagnosis(both)
+    checks, _ = diagnosis(f"{both}\n{trying_only('process')}")
     assert f"the hard limit of {value} has to be raised first" in checks[limit]["remedy"]
 
 
@@ -286,7 +292,11 @@ def test_features_are_tried(lack, name):
 
 
 def imitate(kernel, lacks=0):
-    return f"from uvas._core import lib; assert lib.uvas_test_kernel({kernel}, {lacks}) == 0"
+    return f"""
+from uvas._core import lib
+assert lib.uvas_test_kernel({kernel}, {lacks}) == 0
+{trying_only("process")}
+"""
 
 
 def refuse(*_):
@@ -346,7 +356,8 @@ def test_pages_really_moved(here):
 
 def without_userfaultfd(*, user_mode):
     tests = str(Path(__file__).parents[1])
-    return f"import sys; sys.path.append({tests!r}); import privileges; privileges.deny_userfaultfd({user_mode=})"
+    denied = f"import sys; sys.path.append({tests!r}); import privileges; privileges.deny_userfaultfd({user_mode=})"
+    return f"{denied}\n{trying_only('process', 'private')}"
 
 
 def test_without_the_privilege_private_memory_is_missing_and_shared_is_not():
@@ -406,7 +417,7 @@ def driver(tmp_path_factory):
     ],
 )
 def test_a_driver_is_asked_and_cannot_do_harm(driver, manner, answer):
-    impatient = "import uvas.doctor.devices as d; d._PATIENCE_S = 1.0"
+    impatient = f"import uvas.doctor.devices as d; d._PATIENCE_S = 1.0\n{trying_only('process', 'cuda')}"
     _, kinds = diagnosis(impatient, LD_LIBRARY_PATH=driver, DRIVER_MANNER=manner)
     assert "libcuda.so.1" in kinds["CUDA"]["advertised"]
     assert kinds["CUDA"]["probed"].startswith(answer)

@@ -169,7 +169,9 @@ class CupyAllocator:
             return
         self.trim()
         if lib.uvas_order_close(self._order) < 0:
-            raise BufferError(f"{self!r} is not closed: {self.stats().live_blocks} arrays of CuPy's live in it")
+            live = self.stats().live_blocks
+            arrays = "1 array of CuPy's lives" if live == 1 else f"{live} arrays of CuPy's live"
+            raise BufferError(f"{self!r} is not closed: {arrays} in it")
         self._order = ffi.NULL
         _kept.pop(id(self), None)
         ordered.keepers[self._arena._core.id].remove(self._settle)

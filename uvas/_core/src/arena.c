@@ -255,8 +255,8 @@ int uvas_arena_close(uvas_id id) {
         (void)pthread_mutex_unlock(&arena->lock);
         uvas_doors_open(arena);
         return !alive ? uvas_fail_released("arena", id)
-                      : uvas_fail_say(uvas_fail(UVAS_FAILURE_BUSY, -EBUSY), "arena %s cannot close: %llu blocks live in it", arena->name,
-                                      (unsigned long long)blocks);
+                      : uvas_fail_say(uvas_fail(UVAS_FAILURE_BUSY, -EBUSY), "arena %s cannot close: %llu %s in it", arena->name,
+                                      (unsigned long long)blocks, blocks == 1 ? "block lives" : "blocks live");
     }
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
         uvas_heap_empty(heap);
