@@ -408,7 +408,7 @@ def test_blocks_that_a_lost_card_used_are_given_back(fake, space, stream):
     with pytest.raises(CardDied):
         fake.read(0, 0x1000, 8)
     freed.free()
-    del left
+    del left, block
     gc.collect()
     arena.alloc(1000).free(after=stream)
     assert space.devices[0].lost
