@@ -6,7 +6,7 @@ Lines appear as they are measured, and the evidence, ``results/gpu.json``, is wr
 under five minutes: what does not fit is left out, and it is said. Without a GPU it says what is missing and ends well.
 
   G1  bandwidth of a kernel that copies     G4  moving pages by prefetch, each way
-  G2  CuPy's allocations                    G5  a list followed by pointer; first touch
+  G2  CuPy's allocations                    G5  a list followed, and a word counted up in turn, by pointer; first touch
   G3  reserve + commit + release            G6  contexts that are made while threads reserve
 """
 
@@ -140,6 +140,7 @@ TARGETS = (
     Target("G3", (2 * MIB, 64 * MIB, 512 * MIB), 5, 30),
     Target("G4", (COPY_BYTES,), 1, 20),
     Target("G5 walk", (NODES,), 1, 20),
+    Target("G5 trip", (8,), 1000, 15),
     Target("G5 touch", (COPY_BYTES // 16,), 1, 20),
 )
 

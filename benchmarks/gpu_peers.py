@@ -38,6 +38,9 @@ extern "C" __global__ void walk(const struct node *at, unsigned long long *sum) 
     *sum = total;
 }
 """
+_BUMP = r"""
+extern "C" __global__ void bump(unsigned long long *word) { *word += 1; }
+"""
 
 
 @dataclass
@@ -255,11 +258,42 @@ def _touching(make: Maker) -> Peer:
     return peer
 
 
+def _tripping(make: Maker) -> Peer:
+    """Let host and card count up one word in turn, each by its pointer; the end is checked."""
+
+    @contextmanager
+    def peer() -> Iterator[Callable[[int], Work]]:
+        import cupy
+
+        with ExitStack() as stack:
+
+            def prepare(size: int) -> Work:
+                memory = stack.enter_context(make(size))
+                kernel, stream = cupy.RawKernel(_BUMP, "bump"), cupy.cuda.get_current_stream()
+                word, address = ctypes.c_uint64.from_address(memory.address), np.uint64(memory.address)
+
+                def work(count: int) -> None:
+                    word.value = 0
+                    for _ in range(count):
+                        kernel((1,), (1,), (address,))
+                        stream.synchronize()
+                        word.value += 1
+                    if word.value != 2 * count:
+                        raise AssertionError(f"host and card have counted to {word.value}, not {2 * count}")
+
+                return work
+
+            yield prepare
+
+    return peer
+
+
 @contextmanager
 def _prefetching() -> Iterator[Callable[[int], Work]]:
     with uvas.CudaDevice(strategy="hmm") as device, uvas.AddressSpace([device]) as space, ExitStack() as stack:
 
         def prepare(size: int) -> Work:
+            enough(size // 2)
             held = stack.enter_context(space.reserve(size // 2))
             held.commit(populate=True)
 
@@ -434,8 +468,9 @@ def peers() -> dict[str, dict[str, Peer]]:
             "memcpyAsync, pinned, both ways": _copying_pinned,
         },
         "G5 walk": {name: _walking(make) for name, make in memories().items() if name not in _ON_CARD},
+        "G5 trip": {name: _tripping(make) for name, make in memories().items() if name not in _ON_CARD},
         "G5 touch": {name: _touching(make) for name, make in fresh_memories().items()},
     }
 
 
-_ON_CARD = ("cudaMalloc", "uvas vmm, on the card")  # where the host cannot link a list
+_ON_CARD = ("cudaMalloc", "uvas vmm, on the card")  # where the host can link no list and count nothing

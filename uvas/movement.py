@@ -9,10 +9,10 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from errno import EBUSY, EIO, ESRCH, errorcode
-from functools import cache
+from functools import cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -166,16 +166,15 @@ def start(space: AddressSpace, what: Placeable, target: object) -> Callable[[], 
     """Begin to move memory; what is returned waits for the end. Checks the arguments at once."""
     at = place(space, what)
     party = _target(space, target)
-    waits = [mover(at.range, "host") for one in space.parties if party is None and (mover := _mover(one, "prefetch"))]
-    if party is not None and (mover := _mover(party, "prefetch")) is not None:
-        waits.append(mover(at.range, "device"))
-
-    def finish() -> None:
-        _by_pager(at, party)
-        for wait in waits:
-            wait()
-
-    return finish
+    asked = space.parties if party is None else (party,)
+    movers = [mover for one in asked if (mover := _mover(one, "prefetch"))]
+    if not movers:
+        return partial(_by_pager, at, party)
+    _by_pager(at, party)  # first: what is not there to be moved is refused before a driver is told of it
+    with ExitStack() as begun:
+        for mover in movers:
+            begun.callback(mover(at.range, "host" if party is None else "device"))
+        return begun.pop_all().close  # every one is waited for, also where another has failed
 
 
 def in_background(space: AddressSpace, what: Placeable, target: object) -> Future[None]:

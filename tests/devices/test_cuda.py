@@ -190,6 +190,16 @@ def test_hmm_prefetches_and_waits_for_it(plug):
             device.prefetch(part, "elsewhere")
 
 
+def test_what_is_not_there_to_be_moved_is_refused_before_the_driver_is_told(plug):
+    fake = plug(FakeCard())
+    with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(4 * PAGE) as held:
+        held.commit(0, PAGE)
+        for target in (device, "host"):
+            with pytest.raises(ValueError, match="is not committed: there is nothing to move"):
+                space.prefetch(held, target)
+        assert "cuMemPrefetchAsync" not in fake.calls
+
+
 def test_hmm_passes_advice_on(plug):
     fake = plug(FakeCard())
     with uvas.CudaDevice() as device, uvas.AddressSpace([device]) as space, space.reserve(PAGE) as held:

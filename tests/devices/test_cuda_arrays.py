@@ -24,7 +24,7 @@ from uvas.interop.cupy_allocator import CupyAllocator
 pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings: pip install 'uvas[test]'")
 cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install 'uvas[cuda]'")
 
-from fake_cuda import GRANULARITY, HMM_CARD, REGISTER_CARD, VMM_CARD, FakeCard, FakeDriver, fake_driver  # noqa: E402
+from fake_cuda import GRANULARITY, HMM_CARD, REGISTER_CARD, VMM_CARD, CardDied, FakeCard, FakeDriver, fake_driver  # noqa: E402
 
 UNIT = GRANULARITY
 
@@ -396,6 +396,28 @@ def test_nothing_is_ordered_during_a_capture(fake, arena, stream):
     ordered.collect()
     assert live(arena) == 1
     block.free()
+
+
+def test_blocks_that_a_lost_card_used_are_given_back(fake, space, stream):
+    arena = uvas.Arena(space)
+    freed, left, marked = (arena.alloc(1000) for _ in range(3))
+    for block in (freed, left):
+        block.used_on(stream)
+    stream.work()
+    marked.free(after=stream)
+    with pytest.raises(CardDied):
+        fake.read(0, 0x1000, 8)
+    freed.free()
+    del left, block
+    gc.collect()
+    arena.alloc(1000).free(after=stream)
+    assert space.devices[0].lost
+    for _ in range(2):  # who was left by a finalizer is noted first
+        ordered.collect()
+    assert arena.stats().live_blocks == 0
+    fake.cards[0].sticky = None  # so that this process can go on
+    arena.close()
+    fake.registered.clear()  # pinned to the end of the process
 
 
 def test_closing_an_arena_waits_for_streams(fake, space, stream):

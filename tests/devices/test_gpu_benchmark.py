@@ -64,6 +64,7 @@ def test_every_peer_that_is_there_does_its_work(gpu, monkeypatch, tmp_path, caps
         gpu.Target("G3", (2 * mib,), 1, 1),
         gpu.Target("G4", (4 * mib,), 1, 1),
         gpu.Target("G5 walk", (100,), 1, 1),
+        gpu.Target("G5 trip", (8,), 10, 1),
         gpu.Target("G5 touch", (mib,), 1, 1),
         gpu.Target("G9", (1,), 1, 1e9),
     ]
@@ -101,6 +102,9 @@ def test_more_managed_memory_than_half_of_what_is_free_is_not_asked_for(gpu, mon
     for name in ("cudaMallocManaged", "uvas hmm"):
         (why,) = [one for one in content["left_out"] if one.startswith(f"G5 touch {name}")]
         assert "more than half of what the card has free" in why
+    content = run(gpu, monkeypatch, tmp_path, gpu.Target("G4", (5 << 30,), 1, 1))
+    (why,) = [one for one in content["left_out"] if one.startswith("G4 uvas hmm")]
+    assert "more than half of what the card has free" in why
 
 
 def test_without_a_card_it_says_what_is_missing(gpu, capsys):

@@ -102,6 +102,7 @@ VERBS: dict[str, Callable[[Scene], object]] = {
 }
 OF_HMM: dict[str, Callable[[Scene], object]] = {
     "prefetch": lambda scene: scene.devices[0].prefetch(uvas.Range(scene.held.base, UNIT), "device")(),
+    "prefetch to the host": lambda scene: scene.space.prefetch(uvas.Range(scene.held.base, UNIT), "host"),  # by both
     "advise": lambda scene: scene.devices[0].advise(uvas.Range(scene.held.base, UNIT), None, None),
 }
 OF_VMM: dict[str, Callable[[Scene], object]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,28 @@ def test_where_no_process_begins_a_test_nobody_waits_for_ever(tmp_path: Path) ->
     out, outcomes, _ = run(tmp_path, "import os\nif 'UVAS_TEST_REPORTS' in os.environ: os._exit(3)\ndef test(): pass\n")
     assert "not begun: the process of the tests ended with 3" in out
     assert outcomes == {}
+
+
+def test_a_machine_with_a_card_needs_no_hypothesis(tmp_path: Path) -> None:
+    (tmp_path / "hypothesis.py").write_text("raise ModuleNotFoundError('hypothesis', name='hypothesis')\n")
+    project = Path(__file__).parents[2]
+    pytest_m_cuda = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "-m", "cuda"]
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-P",
+            *pytest_m_cuda,
+            "--collect-only",
+            "tests/property",
+            "tests/devices/test_cuda_hardware.py",
+        ],
+        cwd=project,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "test_cuda_hardware.py::test_a_kernel_writes_at_the_hosts_address" in ended.stdout

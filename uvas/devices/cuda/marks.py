@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from operator import index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uvas.devices.cuda import driver
 from uvas.devices.cuda.undo import Undo
-from uvas.errors import DeviceError, NotSupportedError, ReleasedError
+from uvas.errors import DeviceError, DeviceLostError, NotSupportedError, ReleasedError
 
 if TYPE_CHECKING:
     from uvas.devices.cuda.card import Card
@@ -52,7 +52,7 @@ def card_of(cards: Sequence[Card], stream: object) -> Card:
 
 
 class Mark:
-    """What is queued on a stream now, to be waited for.
+    """What is queued on a stream now, to be waited for. Nothing is, on a card that is gone.
 
     Raises
     ------
@@ -64,7 +64,14 @@ class Mark:
 
     def __init__(self, card: Card, stream: object) -> None:
         self._card = card
+        self._event: Any = None
         pointer = stream_pointer(stream)
+        with suppress(DeviceLostError):  # noted; it runs nothing any more
+            if not card.lost:
+                self._event = self._record(pointer)
+
+    def _record(self, pointer: int) -> Any:
+        card = self._card
         with card.current(), Undo() as undo:
             if card.captures(pointer):
                 raise NotSupportedError(
@@ -72,9 +79,10 @@ class Mark:
                     "it is being captured, and runs nothing meanwhile",
                     "end the capture first",
                 )
-            self._event = card.call("cuEventCreate", _NO_TIMING)
-            undo.push(lambda: card.call("cuEventDestroy", self._event))
-            card.call("cuEventRecord", self._event, pointer)
+            event = card.call("cuEventCreate", _NO_TIMING)
+            undo.push(lambda: card.call("cuEventDestroy", event))
+            card.call("cuEventRecord", event, pointer)
+        return event
 
     def passed(self, *, wait: bool = False) -> bool:
         """Whether all of it has run. A card that is gone runs nothing; where no call may be made, nothing is known.
@@ -84,6 +92,8 @@ class Mark:
         DeviceError
             The driver said no.
         """
+        if self._event is None:
+            return True
         if not driver.usable():
             return False
         try:
