@@ -22,7 +22,9 @@ import numpy.typing as npt
 from uvas._core import ffi, lib
 from uvas.allocation import Allocation
 from uvas.devices.adapter import Party, raise_answer
-from uvas.errors import DeviceError, DeviceLostError
+from uvas.errors import DeviceError, DeviceLostError, ReleasedError
+from uvas.interrupts import held_back
+from uvas.leases import enqueue
 from uvas.ranges import Range
 from uvas.reservation import Reservation
 
@@ -102,7 +104,7 @@ class MovementStats:
 
     host: PartyMovement
     devices: dict[str, PartyMovement]
-    """By the device's name."""
+    """By the device's name; where it is another's already, with its number: ``gpu (2)`` is the second of the space."""
     granule: int
     """Bytes that move at once; 0: no device has memory of its own."""
     pager_ns: int
@@ -129,16 +131,22 @@ def place(space: AddressSpace, what: Placeable) -> Place:
 
     Raises
     ------
+    TypeError
+        It is nothing that has a place.
     ValueError
         It is empty, or not inside one reservation of this space.
     ReleasedError
-        The space has been closed.
+        The space has been closed, or what is meant was released or freed: its addresses may be somebody else's by now.
     """
     if isinstance(what, np.ndarray):
         low, high = np.lib.array_utils.byte_bounds(what)
         base, size = int(low), int(high - low)
-    else:
+    elif (isinstance(what, Reservation) and what._released) or (isinstance(what, Allocation) and what.freed):
+        raise ReleasedError(f"{what!r} is no more")
+    elif hasattr(what, "base") and hasattr(what, "size"):
         base, size = what.base, what.size
+    else:
+        raise TypeError(f"{what!r} is neither a range, nor a reservation, an allocation or an array")
     found, owner = ffi.new("struct uvas_found *"), ffi.new("uvas_id *")
     inside = (
         size > 0
@@ -245,6 +253,8 @@ def advise(space: AddressSpace, what: Placeable, advice: Advice | None, target: 
     """Say how memory will be used; see `AddressSpace.advise`."""
     if advice not in _ADVICE:
         raise ValueError(f"{advice!r} is no advice: {', '.join(map(str, _ADVICE))}")
+    if advice in ("preferred_location", "accessed_by") and target is None:
+        raise ValueError(f"{advice!r} is of somebody: a device of {space!r}, or 'host'")
     at = place(space, what)
     party = _target(space, target) if target is not None else None
     code = lib.uvas_advise(at.reservation, at.offset, at.range.size, _ADVICE[advice], party.id if party else 0)
@@ -301,23 +311,40 @@ class PinnedHost(AbstractContextManager["PinnedHost"]):
 
     def __init__(self, space: AddressSpace, what: Placeable) -> None:
         self._space, self._what = space, what
-        self._pin = ffi.new("struct uvas_pin *")
+        self._pins: list[Any] = []  # one for each block that it was entered for
 
     def __enter__(self) -> PinnedHost:
         """Bring it home."""
         at = place(self._space, self._what)
-        code = lib.uvas_pin_host(at.reservation, at.offset, at.range.size, self._pin)
-        if code == -EBUSY:
-            raise DeviceError("pin_host", code, "EBUSY", "the host", message=str(raise_answer(code)))
-        if code < 0:
-            raise raise_answer(code)
+        pin = ffi.new("struct uvas_pin *")
+        self._pins.append(pin)
+        try:
+            with held_back():  # the pager knows the pin by its address: it is let go of before its memory is
+                code = lib.uvas_pin_host(at.reservation, at.offset, at.range.size, pin)
+            if code == -EBUSY:
+                raise DeviceError("pin_host", code, "EBUSY", "the host", message=str(raise_answer(code)))
+            if code < 0:
+                raise raise_answer(code)
+        except BaseException:
+            self._unpin()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let devices have it again."""
-        lib.uvas_unpin_host(self._pin)
+        self._unpin()
+
+    def _unpin(self) -> None:
+        if self._pins:
+            with held_back():
+                lib.uvas_unpin_host(self._pins.pop())
+
+    def __del__(self) -> None:
+        """Leave what was entered and never left to be let go of."""
+        for pin in self._pins:
+            enqueue((lib.uvas_unpin_host, pin, None))
 
 
 # ---- counters --------------------------------------------------------------------------------------------------------
@@ -329,11 +356,16 @@ def movement(space: AddressSpace) -> MovementStats:
     code = lib.uvas_movement(space.handle, seen)
     if code < 0:
         raise raise_answer(code)
-    names = {party.id: party.info.name for party in space.parties}
     parties = {one.device: _as_movement(one) for one in seen.parties[0 : seen.count]}
+    host = parties.pop(0, PartyMovement(0, 0, 0, 0, 0, None, 0))
+    devices: dict[str, PartyMovement] = {}
+    for number, party in enumerate(space.parties, 1):
+        if party.id in parties:
+            name = party.info.name
+            devices[name if name not in devices else f"{name} ({number})"] = parties[party.id]
     return MovementStats(
-        host=parties.pop(0, PartyMovement(0, 0, 0, 0, 0, None, 0)),
-        devices={names.get(device, "?"): counts for device, counts in parties.items()},
+        host=host,
+        devices=devices,
         granule=seen.granule,
         pager_ns=seen.pager_ns,
         metadata_bytes=seen.metadata_bytes,

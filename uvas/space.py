@@ -367,15 +367,17 @@ class AddressSpace:
             As of `prefetch`.
         advice
             "read_mostly": a prefetch copies and takes nothing away. "preferred_location": the device keeps it as long
-            as something else can be evicted. "accessed_by": the device keeps a copy when it is prefetched elsewhere.
-            None: takes all advice back.
+            as something else can be evicted. "accessed_by": the device keeps a copy when it is prefetched elsewhere;
+            passed over where a device is preferred, and forgotten when a location is. None: takes all advice back.
         device
-            That the advice is of.
+            That the advice is of, or "host": for "preferred_location" and "accessed_by".
 
         Raises
         ------
         ValueError
-            There is no such advice, device or range.
+            There is no such advice, device or range, or it is not said whose advice it is.
+        ReleasedError
+            The memory, or the space, is gone.
         """
         moving.advise(self, what, advice, device)
 
@@ -412,14 +414,19 @@ class AddressSpace:
     def pin_host(self, what: Placeable) -> moving.PinnedHost:
         """Keep memory on the host while a ``with`` block lasts; devices that want it wait.
 
-        For system calls in a process whose userfaultfd serves user code only, and for whatever must not wait.
+        For system calls in a process whose userfaultfd serves user code only, and for whatever must not wait. It may be
+        pinned more than once; it is given up when the last block ends. Until then it is not released or decommitted.
 
         Raises
         ------
         ValueError
-            It is not inside one reservation of this space, or not committed.
+            It is not inside one reservation of this space, not committed, or may not be accessed.
+        NotSupportedError
+            It maps a descriptor, which does not move.
         DeviceError
             Something of it could not come home.
+        ReleasedError
+            The memory, or the space, is gone.
         """
         return moving.PinnedHost(self, what)
 

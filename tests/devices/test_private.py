@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
 import on_device
 import pytest
 from machine import PAGE
+from mirror import PATIENCE_S, in_thread
 
 import uvas
 
@@ -47,7 +50,7 @@ def test_a_granule_that_cannot_be(granule):
         private(granule=granule)
 
 
-@pytest.mark.parametrize("capacity", [0, -1, PAGE - 1])
+@pytest.mark.parametrize("capacity", [0, -1, PAGE - 1, 1 << 50, 1 << 70])
 def test_a_capacity_that_cannot_be(capacity):
     with pytest.raises(ValueError, match="capacity"):
         private(capacity=capacity)
@@ -212,6 +215,21 @@ def test_a_device_that_has_another_capacity_in_another_space():
         space.check()
 
 
+def test_the_largest_capacity_and_two_of_one_name():
+    """The traffic of each is told."""
+    with (
+        private(granule=PAGE, capacity=((1 << 30) - 2) * PAGE) as largest,
+        private(granule=PAGE) as other,
+        uvas.AddressSpace([largest, other]) as space,
+        space.reserve(4 * PAGE) as held,
+    ):
+        held.commit()
+        space.prefetch(uvas.Range(held.base, PAGE), largest)
+        space.prefetch(uvas.Range(held.base + PAGE, 2 * PAGE), other)
+        moved = space.movement().devices
+        assert {name: one.resident_bytes for name, one in moved.items()} == {"own": PAGE, "own (2)": 2 * PAGE}
+
+
 def test_it_comes_to_a_space_with_memory_and_goes_again():
     with private(granule=PAGE) as device, uvas.AddressSpace() as space, space.reserve(8 * PAGE) as held:
         held.commit(0, 4 * PAGE)
@@ -225,6 +243,23 @@ def test_it_comes_to_a_space_with_memory_and_goes_again():
             assert (array[:10] == 5).all()
             array[:10] = np.arange(10)
         del array
+
+
+# ---- what waits ------------------------------------------------------------------------------------------------------
+
+
+def test_a_fault_that_waits_for_long_is_named(capfd: pytest.CaptureFixture[str]):
+    """Ten seconds are long."""
+    with private() as device, uvas.AddressSpace([device]) as space, space.reserve(64 * KIB) as held:
+        held.commit()
+        said, end = "", time.monotonic() + PATIENCE_S
+        with space.pin_host(held):
+            reading = in_thread(device.read, held.base, 8)
+            while "\n" not in said and time.monotonic() < end:
+                time.sleep(0.1)
+                said += capfd.readouterr().err
+        assert re.fullmatch(rf"uvas: thread \d+ of own has waited for 1\d s for the page at {held.base:#x}: .*\n", said)
+        assert reading.result(PATIENCE_S) == bytes(8)
 
 
 # ---- where it may not ------------------------------------------------------------------------------------------------

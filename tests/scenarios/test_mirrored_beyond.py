@@ -6,6 +6,8 @@ waits for it.
 
 from __future__ import annotations
 
+import gc
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, TimeoutError
@@ -16,6 +18,7 @@ from machine import PAGE, read_word, write_word
 from mirror import HOST, PATIENCE_S, Mirror, function, in_thread, until, words
 
 import uvas
+from uvas._core import lib
 
 SMALL = 4096
 """A granule for tests that want many."""
@@ -212,6 +215,49 @@ def test_what_stays_on_the_host_is_not_taken(private) -> None:
     assert mirror.differ(0, held.base, held.size, 0) == 0
 
 
+def test_a_pin_may_be_entered_in_itself_and_holds_to_the_last_end(mirror: Mirror) -> None:
+    held = mirror.commit(4, seed=1)
+    mirror.migrate(held, 0)
+    pin = mirror.space.pin_host(held)
+    with pin:
+        with pin:
+            pass
+        reading = in_thread(mirror.read, 0, held.base, 8)
+        if mirror.private:
+            with pytest.raises(TimeoutError):
+                reading.result(0.1)
+        with pytest.raises(BufferError):
+            held.release()
+    assert reading.result(PATIENCE_S) == words(1, 8)
+    held.release()
+
+
+@pytest.mark.parametrize("way", ["forgotten", "interrupted"])
+def test_a_pin_that_is_never_left_is_let_go_of(mirror: Mirror, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    held = mirror.commit(4, seed=1)
+    if way == "forgotten":
+        mirror.space.pin_host(held).__enter__()
+    else:
+        pin_host = lib.uvas_pin_host
+
+        class Interrupting:
+            def __getattr__(self, name: str) -> object:
+                return getattr(lib, name)
+
+            def uvas_pin_host(self, *arguments: object) -> int:
+                answer: int = pin_host(*arguments)
+                signal.raise_signal(signal.SIGINT)
+                return answer
+
+        monkeypatch.setattr("uvas.movement.lib", Interrupting())
+        with pytest.raises(KeyboardInterrupt), mirror.space.pin_host(held):
+            pass
+    gc.collect()
+    mirror.space.stats()  # does what finalizers left
+    assert mirror.read(0, held.base, 8) == words(1, 8)
+    held.release()
+
+
 # ---- advice, prefetch, discard ---------------------------------------------------------------------------------------
 
 
@@ -250,6 +296,40 @@ def test_advice_changes_where_pages_are_and_never_what_they_hold(mirror: Mirror,
     mirror.fill(1, held.base, held.size, 13)
     assert mirror.differ(0, held.base, held.size, 13) == 0
     assert mirror.differ(HOST, held.base, held.size, 13) == 0
+
+
+@pytest.mark.parametrize("advice", ["preferred_location", "accessed_by", "readmostly"])
+def test_advice_of_nobody_is_none(mirror: Mirror, advice) -> None:
+    held = mirror.commit(1)
+    with pytest.raises(ValueError, match=advice):
+        mirror.space.advise(held, advice)
+
+
+VERBS_OF_MEMORY = {
+    "prefetch": lambda space, what: space.prefetch(what, "host"),
+    "prefetch in the background": lambda space, what: space.prefetch(what, "host", wait=False),
+    "advise": lambda space, what: space.advise(what, None),
+    "where": lambda space, what: space.where(what),
+    "discard": lambda space, what: space.discard(what),
+    "pin_host": lambda space, what: space.pin_host(what).__enter__(),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS_OF_MEMORY)
+def test_what_is_dead_is_not_taken_for_who_has_its_addresses_now(mirror: Mirror, verb: str) -> None:
+    held = mirror.commit(4)
+    held.release()
+    again = mirror.commit(4, seed=9, at=held.base)
+    with uvas.Arena(mirror.space, name="blocks", growth=64 * mirror.granule) as arena:
+        block = arena.alloc(4 * mirror.granule, align=mirror.granule)
+        block.free()
+        for dead in (held, block):
+            with pytest.raises(uvas.ReleasedError):
+                VERBS_OF_MEMORY[verb](mirror.space, dead)
+    assert mirror.differ(HOST, again.base, again.size, 9) == 0
+    for stranger in (None, again.base, [again], (again.base, again.size)):
+        with pytest.raises(TypeError):
+            VERBS_OF_MEMORY[verb](mirror.space, stranger)
 
 
 @pytest.mark.parametrize("holder", [HOST, 0, 1])

@@ -1,4 +1,4 @@
-"""A worker process as a device: it has an address space of its own and can refuse; what is committed is shared."""
+"""A worker process as a device: it has an address space of its own and can refuse; what is committed is there too."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ _CLOSE_S = 5.0
 _GRANULE, _GRANULE_LEAST, _GRANULE_MOST = 64 << 10, 4 << 10, 2 << 20
 """Bytes: what is taken where nothing is said, and what is possible."""
 
+_CAPACITY_MOST = (1 << 30) - 2
+"""Granules: more are not counted."""
+
 _PAGE = mmap.PAGESIZE
 
 _COPY_BYTES = 1 << 20
@@ -50,7 +53,8 @@ class ProcessDevice:
     """A worker process that holds the host's reservations at the same addresses, and calls functions there.
 
     The worker is a freshly executed process, not a fork: it has its own libraries and its own randomised layout, so
-    that claiming an address in it can fail. It maps what is committed: the same pages at the same addresses.
+    that claiming an address in it can fail. What is committed is there at the same addresses: the very pages, or, with
+    private memory, pages of its own.
 
     Functions travel as under `multiprocessing`'s spawn: by their module and name. A script that submits functions of
     its own must start its work under ``if __name__ == "__main__":``, because the worker imports it. Arrays in shared
@@ -385,6 +389,8 @@ def _own_memory(memory: str, capacity: int | None, granule: int | None) -> tuple
         )
     if capacity is not None and index(capacity) < granule:
         raise ValueError(f"a capacity of {capacity:#x} bytes has no room for a granule of {granule:#x}")
+    if capacity is not None and capacity // granule > _CAPACITY_MOST:
+        raise ValueError(f"a capacity of {capacity:#x} bytes is more than {_CAPACITY_MOST} granules of {granule:#x}")
     features = ffi.new("uint32_t *")
     code = lib.uvas_private_memory(features)
     if code < 0:

@@ -314,20 +314,21 @@ struct uvas_moved {
 };
 
 /* Moves a range to a device of its space, or to the host (device 0), without a fault; advice may make it a copy. 0, also where nothing had to move;
- * -EBUSY: some of it stayed, *out says what; -ENOSPC: it is more than the device may hold; -ENOMEM; -ENOTSUP: memory that cannot move (a descriptor).
+ * -EBUSY: some of it stayed, *out says what; -ENOMEM: it is more than the device may hold, or the host has no memory; -ENOTSUP: memory that cannot
+ * move (a descriptor); -EINVAL: not all is committed, or it may not be accessed; -ESRCH: the device's process has ended.
  * `out` may be NULL. On a device without memory of its own there is nothing to do. */
 UVAS_API int uvas_prefetch(uvas_id reservation, size_t offset, size_t size, uvas_id device, struct uvas_moved *out);
 
 enum uvas_advice {
     UVAS_ADVISE_NOTHING = 0,      /* takes all advice back */
     UVAS_ADVISE_READ_MOSTLY = 1,  /* a prefetch copies and takes nothing away */
-    UVAS_ADVISE_PREFERRED = 2,    /* the device keeps it as long as others can be evicted; 0: the host */
-    UVAS_ADVISE_ACCESSED_BY = 3,  /* the device keeps a copy when it is prefetched elsewhere */
+    UVAS_ADVISE_PREFERRED = 2,    /* the device keeps it as long as others can be evicted; takes the place of ACCESSED_BY. 0, the host: only that */
+    UVAS_ADVISE_ACCESSED_BY = 3,  /* the device keeps a copy when it is prefetched elsewhere; passed over where a device is preferred */
 };
 
 UVAS_API int uvas_advise(uvas_id reservation, size_t offset, size_t size, uint32_t advice, uvas_id device);
 
-enum uvas_page { /* where a page is: the host, the i-th private device that joined (bits 1 to 27), and */
+enum uvas_page { /* where a page is: the host, private devices (bits 1 to 27: uvas_page_bit says which), and */
     UVAS_PAGE_HOST = 1,
     UVAS_PAGE_LOST = 1 << 28,       /* its bytes are gone: a touch is SIGBUS, until uvas_discard */
     UVAS_PAGE_DUPLICATED = 1 << 29, /* more than one has it */
@@ -335,7 +336,8 @@ enum uvas_page { /* where a page is: the host, the i-th private device that join
 };
 #define UVAS_PAGE_PROTECTED 0x80000000u /* by uvas_protect: no access */
 
-/* A word of enum uvas_page for each page of the host from `offset` on, without a fault; 0: nowhere, or not committed. *out has room for size / page. */
+/* A word of enum uvas_page for each page of the host from `offset` on, without a fault; 0: nowhere, or not committed. Offset and size are whole pages;
+ * *out has room for size / page words. */
 UVAS_API int uvas_where(uvas_id reservation, size_t offset, size_t size, uint32_t *out);
 /* The bit of a device in those words; 0: it has no memory of its own. */
 UVAS_API int uvas_page_bit(uvas_id space, uvas_id device, uint32_t *out);
@@ -353,7 +355,7 @@ UVAS_API int uvas_unpin_host(struct uvas_pin *pin);
 
 struct uvas_traffic { /* of one party */
     uvas_id device; /* 0: the host */
-    uint64_t read_faults, write_faults; /* granted */
+    uint64_t read_faults, write_faults; /* as they arrived: a thread that is woken before it may go on comes again */
     uint64_t bytes_in, bytes_out;
     uint64_t resident_bytes, capacity, evictions; /* devices only; evictions: granules */
 };
