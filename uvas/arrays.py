@@ -147,8 +147,8 @@ def numpy_allocator(arena: Arena | None = None) -> NumpyAllocator:
     `NumpyAllocator.bind` and ``initializer=`` of an executor carry it there.
 
     In a forked child arrays of the parent stay usable, freeing them does nothing, and new arrays lie in an arena of the
-    child's own, with the same limit; the default arena there is a new one, without the parent's devices. `configure` may
-    give it others, before its first use there.
+    child's own, with the same limit; the default arena there is a new one, without the parent's devices. `configure`
+    may give it others, before its first use there.
 
     Parameters
     ----------
