@@ -117,7 +117,7 @@ class Arena(core.Allocator):
     ValueError
         There is no such option, or a number cannot be.
     TypeError
-        `home` is neither a space nor a reservation.
+        `home` is neither a space nor a reservation, or an option is not of its type.
     NotSupportedError
         There are no such pages or no such node here; the message says what would help.
     AddressSpaceExhaustedError, LimitReachedError, OutOfMemoryError
@@ -154,12 +154,14 @@ class Arena(core.Allocator):
         idle: float | None = None,
         exhausted: Callable[[int], bool] | None = None,
     ) -> None:
+        if not isinstance(name, str | None):
+            raise TypeError(f"a name is a string, not {name!r}")
         self._generation = generation()
         self._home = home
         self._name = name if name is not None else "arena"
         self._backing = backing
         self._exhausted = exhausted
-        self._limit = limit if limit is not None else 0
+        self._limit = as_number("limit", limit, 1, 1 << 64) if limit is not None else 0
         self._errors: dict[int, BaseException] = {}
         self._regions: dict[int, Region] = {}
         self._key = next(_keys)
@@ -180,12 +182,13 @@ class Arena(core.Allocator):
         if node is not None:
             options.flags |= lib.UVAS_ARENA_BIND
             options.node = as_number("node", node, 0, 1 << 16)
-        if limit is not None:
-            options.limit = as_number("limit", limit, 1, 1 << 64)
+        options.limit = self._limit
         if growth is not None:
             options.growth = as_number("growth", growth, 1, 1 << 64)
         options.idle_ns = 0 if idle is None else _nanoseconds(idle)
         if exhausted is not None:
+            if not callable(exhausted):
+                raise TypeError(f"exhausted is called with a size: {exhausted!r} cannot be")
             options.exhausted, options.context = lib.uvas_py_exhausted, ffi.cast("void *", self._key)
             _asked[self._key] = self
         work_off()

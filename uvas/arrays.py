@@ -48,6 +48,7 @@ class _Default:
         self.arena: Arena | None = None
         self.capsule: object = None
         self.inherited: list[Arena] = []
+        self.functions: list[handler.Under] = []
 
     def get(self) -> Arena:
         with self.lock:
@@ -67,7 +68,7 @@ class _Default:
                 except BaseException:
                     space.close()
                     raise
-                self.capsule = handler.make(self.arena._core, self.arena._core.id, chosen.limit or 0)
+                self.capsule = handler.make(self.arena._core, self.arena._core.id, self.arena._limit)
             return self.arena
 
     def memory(self) -> object:
@@ -82,6 +83,8 @@ class _Default:
             self.inherited.append(self.arena)  # arrays of the parent's may ask for it
         self.arena = self.capsule = None
         self.configuration = replace(self.configuration, devices=())
+        for function in self.functions:
+            function.begin_anew()
 
 
 _default = _Default()
@@ -144,12 +147,18 @@ def numpy_allocator(arena: Arena | None = None) -> NumpyAllocator:
     `NumpyAllocator.bind` and ``initializer=`` of an executor carry it there.
 
     In a forked child arrays of the parent stay usable, freeing them does nothing, and new arrays lie in an arena of the
-    child's own, with the same limit; the default arena there is a new one, without the parent's devices.
+    child's own, with the same limit; the default arena there is a new one, without the parent's devices. `configure`
+    may give it others, before its first use there.
 
     Parameters
     ----------
     arena
         Whose memory; None: the default one. Where it is exhausted, NumPy raises its `MemoryError`.
+
+    Raises
+    ------
+    TypeError
+        It is no arena.
 
     Examples
     --------
@@ -159,6 +168,8 @@ def numpy_allocator(arena: Arena | None = None) -> NumpyAllocator:
     >>> uvas.is_unified(total), uvas.is_unified(total + 1)
     (True, False)
     """
+    if arena is not None and not isinstance(arena, Arena):
+        raise TypeError(f"NumPy allocates from an Arena, not from {arena!r}")
     return NumpyAllocator(default_arena if arena is None else arena)
 
 
@@ -188,6 +199,7 @@ def is_unified(array: npt.NDArray[Any]) -> bool:
 
 def _in_unified_memory(function: _F, summary: str) -> _F:
     made: Any = handler.Under(function, _default.memory, function in (np.empty, np.zeros))
+    _default.functions.append(made)
     made.__name__ = made.__qualname__ = function.__name__
     made.__module__ = __name__
     made.__doc__ = f"{summary}\n\n    Exactly as `numpy.{function.__name__}`, whose parameters and errors it has.\n    "
@@ -211,7 +223,9 @@ def asarray(
     dtype: npt.DTypeLike | None = None,
     order: Literal["K", "A", "C", "F"] | None = None,
     *,
+    device: Literal["cpu"] | None = None,
     copy: bool | None = None,
+    like: Any = None,
 ) -> npt.NDArray[Any]:
     """Return an array in unified memory with what an object holds: the very array if it lies there, else a copy.
 
@@ -220,8 +234,8 @@ def asarray(
     a
         An array or what `numpy.asarray` makes one of. One that lies elsewhere is copied: that is what this is for, and
         nothing else in uvas copies.
-    dtype, order
-        As of `numpy.asarray`.
+    dtype, order, device, like
+        As of `numpy.asarray`. What is like an array of another library is that library's, and lies where it puts it.
     copy
         None: only if it has to. True: always. False: never.
 
@@ -236,8 +250,8 @@ def asarray(
     >>> asarray(here) is here
     True
     """
-    result: npt.NDArray[Any] = _asarray(a, dtype, order, copy=copy)
-    if is_unified(result):
+    result: npt.NDArray[Any] = _asarray(a, dtype, order, device=device, copy=copy, like=like)
+    if not isinstance(result, np.ndarray) or is_unified(result):
         return result
     if copy is False:
         raise ValueError(f"an array of shape {result.shape} at {address_of(result):#x} lies in no unified memory")

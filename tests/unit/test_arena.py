@@ -536,6 +536,12 @@ def test_options_that_there_are_not(space: uvas.AddressSpace, options: dict[str,
         uvas.Arena(space, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("options", [{"name": 5}, {"exhausted": 5}, {"limit": 1.5}, {"node": "0"}])
+def test_options_of_another_type(space: uvas.AddressSpace, options: dict[str, object]) -> None:
+    with pytest.raises(TypeError, match=str(next(iter(options)))):
+        uvas.Arena(space, **options)  # type: ignore[arg-type]
+
+
 def test_homes_that_there_are_not(space: uvas.AddressSpace, arena: uvas.Arena) -> None:
     block = arena.alloc(8)
     for home in (None, 5, block, uvas.find(block.base)):

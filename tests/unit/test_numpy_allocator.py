@@ -379,6 +379,7 @@ assert uvas.asarray(elsewhere.T, order="C").flags.c_contiguous
 assert uvas.is_unified(uvas.asarray([[1, 2], [3, 4]]))
 assert uvas.asarray(here, copy=True) is not here and uvas.is_unified(uvas.asarray(here, copy=True))
 assert uvas.asarray(here, copy=False) is here
+assert uvas.is_unified(uvas.asarray(elsewhere, device="cpu", like=here))
 try:
     uvas.asarray(elsewhere, copy=False)
 except ValueError as error:
@@ -515,6 +516,40 @@ assert uvas.default_arena() is parents and array.sum() == 10
 print("good")
 """)
     assert out == "good\n"
+
+
+def test_a_child_may_configure_devices_of_its_own() -> None:
+    out = alone("""
+import os, numpy as np, uvas
+def main():
+    array = uvas.zeros(10), uvas.ones((3,)), uvas.array([1, 2])
+    pid = os.fork()
+    if not pid:
+        with uvas.ProcessDevice() as device:
+            uvas.configure(devices=[device])
+            for new in uvas.zeros(10), uvas.ones((3,)), uvas.array([1, 2]):
+                assert uvas.allocation_of(new).arena is uvas.default_arena()
+                assert device.run(np.sum, new) == new.sum()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    print("good")
+main()
+""")
+    assert out == "good\n"
+
+
+def test_what_is_no_arena_is_refused_at_once(space: uvas.AddressSpace) -> None:
+    for one in ("arena", 5, space):
+        with pytest.raises(TypeError, match="from an Arena"):
+            uvas.numpy_allocator(one)  # type: ignore[arg-type]
+
+
+def test_a_limit_may_be_any_integer(space: uvas.AddressSpace) -> None:
+    with uvas.Arena(space, limit=np.int64(1 << 20)) as arena:  # type: ignore[arg-type]
+        with uvas.numpy_allocator(arena):
+            array = np.ones(10)
+        assert is_from(array, arena)
+        del array
 
 
 def test_arrays_pickle_as_arrays_do(arena: uvas.Arena) -> None:

@@ -388,7 +388,7 @@ static PyObject *call_under(PyObject *capsule, PyObject *function, PyObject *arg
 typedef struct {
     PyObject_HEAD
     PyObject *function;
-    PyObject *source; /* returns the capsule, at the first call */
+    PyObject *source; /* returns the capsule, at the first call of a process */
     _Atomic(PyObject *) capsule;
     _Atomic(PyObject *) run; /* the `run` of a context in which NumPy uses the capsule */
     PyObject *dict;
@@ -520,7 +520,18 @@ static PyObject *under_reduce(Under *self, PyObject *unused) {
     return PyObject_GetAttrString((PyObject *)self, "__name__"); /* as pickle has it: a global of that name */
 }
 
+PyDoc_STRVAR(under_begin_anew_doc, "begin_anew($self, /)\n--\n\nAsk source() for a capsule again, as a forked child does.");
+
+/* What the parent had is kept: the call that forks may be under it. */
+static PyObject *under_begin_anew(Under *self, PyObject *unused) {
+    (void)unused;
+    atomic_store(&self->capsule, NULL);
+    atomic_store(&self->run, NULL);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef under_methods[] = {
+    {"begin_anew", (PyCFunction)under_begin_anew, METH_NOARGS, under_begin_anew_doc},
     {"__reduce__", (PyCFunction)under_reduce, METH_NOARGS, "Pickle by name."},
     {NULL, NULL, 0, NULL},
 };
@@ -531,7 +542,7 @@ static PyMemberDef under_members[] = {
 };
 
 PyDoc_STRVAR(under_doc, "Under(function, source, plain, /)\n--\n\n"
-                        "A function that is called while NumPy uses the capsule that source() returns, once. plain: it takes a shape and a type.");
+                        "A function that is called while NumPy uses the capsule that source() returns, once a process. plain: it takes a shape and a type.");
 
 static PyGetSetDef under_getset[] = {
     {"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict, NULL, NULL},
