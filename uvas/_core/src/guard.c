@@ -1,6 +1,6 @@
 /* guard.c: three threads beside the pager.
  *
- *   the mate      does one job at a time for it: a share in a large copy or move, the dropping of staging while the pager goes on
+ *   the mate      does one job at a time for it: the second half of a large copy, the dropping of staging while the pager goes on
  *   the unsharer  writes to pages that are shared with a child of fork, so that they are this process's alone and can move. That may be a fault, which
  *                 the pager has to serve: so it never waits for this one
  *   the watchdog  says on stderr which fault nobody has answered for long: a hang that has a name
@@ -25,17 +25,17 @@ static bool ending;
 static pthread_t watchdog;
 
 struct job {
-    enum { COPY, MOVE, DROP, UNSHARE } kind;
-    struct uvas_shared_copy *copy;
-    struct uvas_shared_move *move;
-    uintptr_t base;
+    enum { COPY, DROP, UNSHARE } kind;
+    int faults;
+    uintptr_t to;
+    const char *from;
     size_t size;
+    int rc;
 };
 
-enum { IDLE, POSTED, BEGUN };
+enum { IDLE, POSTED };
 
-/* A thread with a mailbox. `state` is written by the pager (IDLE to POSTED; POSTED to IDLE where it takes the job back) and by the thread (POSTED to
- * BEGUN, BEGUN to IDLE); the job is the pager's while it is IDLE, the thread's while it is BEGUN. */
+/* A thread with a mailbox. `state` is written by the pager (IDLE to POSTED) and by the thread (POSTED to IDLE); the job belongs to whose turn it is. */
 static struct helper {
     pthread_t thread;
     _Atomic int state;
@@ -65,53 +65,37 @@ void uvas_mate_wait(void) {
     }
 }
 
-static bool offer(const struct job *job) {
-    bool free = idle(&mate);
-    if (free) {
-        post(&mate, job);
-    }
-    return free;
+void uvas_mate_copy(int faults, uintptr_t to, const char *from, size_t size) {
+    uvas_mate_wait();
+    post(&mate, &(struct job){.kind = COPY, .faults = faults, .to = to, .from = from, .size = size});
 }
 
-bool uvas_mate_copy(struct uvas_shared_copy *copy) {
-    return offer(&(struct job){.kind = COPY, .copy = copy});
-}
-
-bool uvas_mate_move(struct uvas_shared_move *move) {
-    return offer(&(struct job){.kind = MOVE, .move = move});
-}
-
-void uvas_mate_rest(void) {
-    int posted = POSTED; /* it sleeps still: all is done without it */
-    if (!atomic_compare_exchange_strong_explicit(&mate.state, &posted, IDLE, memory_order_acquire, memory_order_acquire)) {
-        uvas_mate_wait();
-    }
+int uvas_mate_copied(void) {
+    uvas_mate_wait();
+    return mate.job.rc;
 }
 
 void uvas_mate_drop(uintptr_t base, size_t size) {
     uvas_mate_wait();
-    post(&mate, &(struct job){.kind = DROP, .base = base, .size = size});
+    post(&mate, &(struct job){.kind = DROP, .to = base, .size = size});
 }
 
 void uvas_unshare(uintptr_t page) {
     if (idle(&unsharer)) {
-        post(&unsharer, &(struct job){.kind = UNSHARE, .base = page, .size = uvas_vm_platform.page_size});
+        post(&unsharer, &(struct job){.kind = UNSHARE, .to = page, .size = uvas_vm_platform.page_size});
     }
 }
 
-static void work(const struct job *on) {
+static void work(struct job *on) {
     switch (on->kind) {
     case COPY:
-        uvas_copy_parts(on->copy);
-        break;
-    case MOVE:
-        uvas_move_pieces(on->move);
+        on->rc = uvas_copy_protected(on->faults, on->to, on->from, on->size);
         break;
     case DROP:
-        (void)uvas_vm_drop_surely(on->base, on->size);
+        (void)uvas_vm_drop_surely(on->to, on->size);
         break;
     case UNSHARE:
-        (void)uvas_vm_populate(on->base, on->size, UVAS_WRITE);
+        (void)uvas_vm_populate(on->to, on->size, UVAS_WRITE);
         break;
     }
 }
@@ -137,10 +121,6 @@ static void *be_helper(void *which) {
             if (end && idle(helper)) {
                 return NULL;
             }
-        }
-        int posted = POSTED; /* unless the pager has taken it back */
-        if (!atomic_compare_exchange_strong_explicit(&helper->state, &posted, BEGUN, memory_order_acquire, memory_order_relaxed)) {
-            continue;
         }
         work(&helper->job);
         atomic_store_explicit(&helper->state, IDLE, memory_order_release);

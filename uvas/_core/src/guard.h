@@ -4,12 +4,10 @@
 
 #include "pager.h"
 
-/* The mate's jobs, one after the other. It takes a share in a copy or a move from when it is awake on, if it is not at something else (false), and has
- * left it after uvas_mate_rest, which waits for a part or a piece at most. */
-bool uvas_mate_copy(struct uvas_shared_copy *copy);
-bool uvas_mate_move(struct uvas_shared_move *move);
-void uvas_mate_rest(void);
-void uvas_mate_drop(uintptr_t base, size_t size); /* waits for the job before */
+/* The mate's jobs, one after the other; each waits for the one before. What uvas_mate_copy began, uvas_mate_copied ends: 0 or -errno. */
+void uvas_mate_copy(int faults, uintptr_t to, const char *from, size_t size);
+int uvas_mate_copied(void);
+void uvas_mate_drop(uintptr_t base, size_t size);
 void uvas_mate_wait(void);
 
 int uvas_guard_start(void);

@@ -1,10 +1,7 @@
 /* moves.c: what directory.c says must happen, done to a run of granules.
  *
  * Each step that can fail has an undo, or leaves something that is true as well and cheaper than an undo: a reader that could have had a copy has the
- * granule alone, a device that was to lose it keeps a copy. Words are published before anybody is woken. All of this runs on the pager's thread, but for
- * what it shares with the mate: the copying of a large run out of staging, in parts, and all of a move from a device, in *pieces* of whole granules (so
- * that one punches while the other copies). Each of the two takes the next until there is none. What devices have got or lost is counted afterwards,
- * by the pager, from the words.
+ * granule alone, a device that was to lose it keeps a copy. Words are published before anybody is woken. All of this runs on the pager's thread.
  */
 #include <assert.h>
 #include <errno.h>
@@ -14,8 +11,6 @@
 
 #define STAGING_BYTES (4 * UVAS_MOVE_BYTES) /* two rooms, used in turns: one is dropped while the other is filled */
 #define SHARED_COPY ((size_t)512 << 10)     /* bytes from which on two threads are faster than one (measured: at 64 KiB they are not) */
-#define PART_BYTES ((size_t)256 << 10)      /* of a copy, that one of them takes at once */
-#define PIECE_BYTES ((size_t)1 << 20)       /* of a move from a device: each of its steps interrupts the processor of the other */
 #define MOVE_TRIES 64 /* of pages that the kernel had in its hands just then */
 
 static struct {
@@ -24,7 +19,7 @@ static struct {
     char *memory, *staging; /* aligned to UVAS_MOVE_BYTES inside memory */
     uint32_t room;          /* the half of staging that is used next */
     int pages, bytes;       /* /proc/self/pagemap; /proc/self/mem */
-    uintptr_t stuck;        /* the page that last answered EBUSY; 0: it was something else. The pager's */
+    uintptr_t stuck;        /* the page that last answered EBUSY; 0: it was something else */
 } our = {.faults = -1, .pages = -1, .bytes = -1};
 
 /* ---- runs ------------------------------------------------------------------------------------------------------------------------- */
@@ -259,7 +254,11 @@ static int unprotect(const struct uvas_extent *run, uint32_t party) {
 }
 
 static int punch(const struct uvas_extent *run, uint32_t party) {
-    return uvas_vm_punch(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+    int rc = uvas_vm_punch(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+    if (rc == 0) {
+        uvas_residency_went(member_of(run, party), run);
+    }
+    return rc;
 }
 
 /* Pages that the file has, mapped in the worker. One that is mapped already keeps its protection: whoever grants more asks for that. */
@@ -297,47 +296,17 @@ int uvas_copy_protected(int faults, uintptr_t to, const char *from, size_t size)
     return 0;
 }
 
-struct uvas_shared_copy { /* on the pager's stack until both have done with it */
-    int faults;
-    uintptr_t to;
-    const char *from;
-    size_t size;
-    _Atomic size_t begun; /* the bytes that somebody copies, or has copied. Added to by both, relaxed: parts do not meet */
-    _Atomic int rc;       /* of a part that failed; written by both, relaxed: read by the pager when the mate has done */
-};
-
-/* Takes a part and copies it. false: there is none left. */
-static bool copy_part(struct uvas_shared_copy *copy) {
-    size_t at = atomic_fetch_add_explicit(&copy->begun, PART_BYTES, memory_order_relaxed), left = at < copy->size ? copy->size - at : 0;
-    int rc = left ? uvas_copy_protected(copy->faults, copy->to + at, copy->from + at, left < PART_BYTES ? left : PART_BYTES) : 0;
-    if (rc < 0) {
-        atomic_store_explicit(&copy->rc, rc, memory_order_relaxed);
-        atomic_store_explicit(&copy->begun, copy->size, memory_order_relaxed); /* no more of it */
-    }
-    return left != 0;
-}
-
-void uvas_copy_parts(struct uvas_shared_copy *copy) {
-    while (copy_part(copy)) {
-    }
-}
-
-/* Large copies are shared with the mate, from when it has done with what it is at. */
-static int copy_in(const struct uvas_extent *run, uint32_t party, const char *from, bool alone) {
+/* Large copies are shared with the mate. */
+static int copy_in(const struct uvas_extent *run, uint32_t party, const char *from) {
     int faults = party == UVAS_HOST ? our.faults : member_of(run, party)->faults;
-    if (alone || uvas_extent_bytes(run) < SHARED_COPY) {
-        return uvas_copy_protected(faults, uvas_extent_base(run), from, uvas_extent_bytes(run));
+    size_t size = uvas_extent_bytes(run), half = size < SHARED_COPY ? 0 : size / 2 & ~(uvas_vm_platform.page_size - 1);
+    uintptr_t to = uvas_extent_base(run);
+    if (half) {
+        uvas_mate_copy(faults, to + size - half, from + size - half, half);
     }
-    struct uvas_shared_copy copy = {.faults = faults, .to = uvas_extent_base(run), .from = from, .size = uvas_extent_bytes(run)};
-    bool offered;
-    do {
-        offered = uvas_mate_copy(&copy);
-    } while (copy_part(&copy) && !offered);
-    uvas_copy_parts(&copy);
-    if (offered) {
-        uvas_mate_rest();
-    }
-    return atomic_load_explicit(&copy.rc, memory_order_relaxed);
+    int rc = uvas_copy_protected(faults, to, from, size - half);
+    int other = half ? uvas_mate_copied() : 0;
+    return rc < 0 ? rc : other;
 }
 
 static int drop_host(const struct uvas_extent *run) {
@@ -399,7 +368,7 @@ static int hand_over(const struct uvas_extent *run, uint32_t party, bool write, 
     if (copied && write) {
         left |= drop_host(run) < 0 ? 1u : 0u;
     }
-    if ((next->steps & UVAS_STEP_KEEP) && copy_in(run, UVAS_HOST, staged(run), false) < 0) { /* where pages stayed it fills the holes */
+    if ((next->steps & UVAS_STEP_KEEP) && copy_in(run, UVAS_HOST, staged(run)) < 0) { /* where pages stayed it fills the holes */
         (void)uvas_vm_drop_surely(uvas_extent_base(run), uvas_extent_bytes(run)); /* no room on the host for a copy: the device has it alone */
         next->after &= ~1u;
     }
@@ -411,6 +380,9 @@ static int hand_over(const struct uvas_extent *run, uint32_t party, bool write, 
         write = false;
     }
     uvas_publish(run, next->after);
+    if (party != UVAS_HOST && !(run->word >> party & 1)) {
+        uvas_residency_came(member_of(run, party), run);
+    }
     int rc = next->steps & UVAS_STEP_MAP ? map(run, party, false) : 0;
     rc = rc == 0 && write && (next->steps & UVAS_STEP_UNPROTECT) ? unprotect(run, party) : rc;
     return left ? -EAGAIN : rc == -ENOMEM ? 0 : rc; /* what is not mapped is a fault, which finds it there */
@@ -420,10 +392,11 @@ static int hand_over(const struct uvas_extent *run, uint32_t party, bool write, 
 static bool unreadable(const struct uvas_extent *run, uint32_t party) {
     size_t page = uvas_vm_platform.page_size;
     bool bad = false;
-    for (size_t at = 0; !bad && at < uvas_extent_bytes(run); at += page) { /* its place in staging is free: the source is a device */
-        bad = uvas_vm_read_at(run->mirror->stores[party].fd, staged(run), page, (int64_t)(uvas_extent_offset(run) + at)) != (long)page;
+    uvas_mate_wait(); /* it may be dropping what lies there */
+    for (size_t at = 0; !bad && at < uvas_extent_bytes(run); at += page) {
+        bad = uvas_vm_read_at(run->mirror->stores[party].fd, our.staging, page, (int64_t)(uvas_extent_offset(run) + at)) != (long)page;
     }
-    (void)uvas_vm_drop_surely((uintptr_t)staged(run), page);
+    (void)uvas_vm_drop((uintptr_t)our.staging, page);
     return bad;
 }
 
@@ -432,85 +405,34 @@ static int lose(const struct uvas_extent *run) {
     for (uint32_t party = 1; party < UVAS_PARTIES; party++) {
         if (run->word >> party & 1) {
             (void)uvas_vm_punch_surely(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+            uvas_residency_went(member_of(run, party), run);
         }
     }
     uvas_publish(run, (run->word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED)) | UVAS_BYTES_LOST);
     return -EIO;
 }
 
-static int bring(const struct uvas_extent *run, uint32_t party, bool write, struct uvas_transition next, bool alone) {
+static int bring(const struct uvas_extent *run, uint32_t party, bool write, struct uvas_transition *next) {
     bool copied = false;
-    int rc = next.steps & UVAS_STEP_TAKE ? take(run, &copied) : next.steps & UVAS_STEP_PROTECT ? protect(run, next.source) : 0;
+    int rc = next->steps & UVAS_STEP_TAKE ? take(run, &copied) : next->steps & UVAS_STEP_PROTECT ? protect(run, next->source) : 0;
     if (rc < 0) {
         return rc;
     }
-    rc = copy_in(run, party, next.steps & UVAS_STEP_TAKE ? staged(run) : alias_of(run, next.source), alone);
+    rc = copy_in(run, party, next->steps & UVAS_STEP_TAKE ? staged(run) : alias_of(run, next->source));
     if (rc < 0) {
-        rc = undo_fill(run, party, &next, copied, rc);
-        bool broken = (rc == -EFAULT || rc == -EHWPOISON || rc == -EIO) && uvas_holders(run->word) == 1u << next.source && next.source != UVAS_HOST;
-        return broken && unreadable(run, next.source) ? lose(run) : rc;
+        rc = undo_fill(run, party, next, copied, rc);
+        bool broken = (rc == -EFAULT || rc == -EHWPOISON || rc == -EIO) && uvas_holders(run->word) == 1u << next->source && next->source != UVAS_HOST;
+        return broken && unreadable(run, next->source) ? lose(run) : rc;
     }
-    count(run, next.source, party);
-    return hand_over(run, party, write, &next, copied);
+    count(run, next->source, party);
+    return hand_over(run, party, write, next, copied);
 }
 
-struct uvas_shared_move { /* on the pager's stack until both have done with it */
-    struct uvas_extent run;
-    uint32_t party, piece; /* piece: granules */
-    bool write;
-    struct uvas_transition next;
-    _Atomic uint32_t begun; /* granules whose pieces somebody has begun with. Added to by both, relaxed: pieces do not meet */
-    _Atomic int rc;         /* of a piece that failed; written by both, relaxed: read by the pager when the mate has done */
-};
-
-void uvas_move_pieces(struct uvas_shared_move *move) {
-    uint32_t at;
-    while ((at = atomic_fetch_add_explicit(&move->begun, move->piece, memory_order_relaxed)) < move->run.count) {
-        uint32_t left = move->run.count - at;
-        struct uvas_extent piece = move->run;
-        piece.first += at;
-        piece.count = left < move->piece ? left : move->piece;
-        int rc = bring(&piece, move->party, move->write, move->next, true);
-        if (rc < 0) {
-            atomic_store_explicit(&move->rc, rc, memory_order_relaxed);
-            return;
-        }
-    }
-}
-
-/* From the host pages are taken all at once, so that a huge page stays whole; from a device it is done in pieces, as punching takes as long as copying. */
-static int bring_all(const struct uvas_extent *run, uint32_t party, bool write, struct uvas_transition next) {
-    uint32_t piece = (uint32_t)(PIECE_BYTES >> run->mirror->domain->shift);
-    if (next.steps & UVAS_STEP_TAKE || piece == 0 || run->count <= piece) {
-        return bring(run, party, write, next, false);
-    }
-    struct uvas_shared_move move = {.run = *run, .party = party, .piece = piece, .write = write, .next = next};
-    bool offered = uvas_mate_move(&move);
-    uvas_move_pieces(&move);
-    if (offered) {
-        uvas_mate_rest();
-    }
-    return atomic_load_explicit(&move.rc, memory_order_relaxed);
-}
-
-/* What devices have got and lost, by the words. */
-static void settle(const struct uvas_extent *run) {
-    for (uint32_t at = 0, count; at < run->count; at += count) {
-        uint32_t word = uvas_granule_word(&run->mirror->directory[run->first + at]);
-        for (count = 1; at + count < run->count && uvas_granule_word(&run->mirror->directory[run->first + at + count]) == word;) {
-            count++;
-        }
-        struct uvas_extent part = {.mirror = run->mirror, .first = run->first + at, .count = count, .word = word};
-        for (uint32_t changed = uvas_holders(word ^ run->word) & ~1u; changed; changed &= changed - 1) {
-            uint32_t party = (uint32_t)__builtin_ctz(changed);
-            (word >> party & 1 ? uvas_residency_came : uvas_residency_went)(member_of(run, party), &part);
-        }
-    }
-}
-
-static int move(const struct uvas_extent *run, uint32_t party, bool write, struct uvas_transition next) {
+int uvas_move(const struct uvas_extent *run, uint32_t party, bool write) {
+    struct uvas_transition next = uvas_directory_next(run->word, party, write);
+    assert(run->word & UVAS_COMMITTED && !(run->word & UVAS_BYTES_LOST));
     if (next.steps & UVAS_STEP_FILL) {
-        return bring_all(run, party, write, next);
+        return bring(run, party, write, &next);
     }
     if (next.steps & UVAS_STEP_ZERO) {
         int rc = fill_zero(run, party);
@@ -524,20 +446,12 @@ static int move(const struct uvas_extent *run, uint32_t party, bool write, struc
     return next.steps ? hand_over(run, party, write, &next, false) : 0;
 }
 
-int uvas_move(const struct uvas_extent *run, uint32_t party, bool write) {
-    assert(run->word & UVAS_COMMITTED && !(run->word & UVAS_BYTES_LOST));
-    int rc = move(run, party, write, uvas_directory_next(run->word, party, write));
-    settle(run);
-    return rc;
-}
-
 /* ---- without moving ------------------------------------------------------------------------------------------------------------------------ */
 
 int uvas_move_drop(const struct uvas_extent *run, uint32_t party) {
     int rc = punch(run, party);
     if (rc == 0) {
         uvas_publish(run, run->word & ~(1u << party | UVAS_MODIFIED));
-        settle(run);
     }
     return rc;
 }
@@ -572,7 +486,6 @@ int uvas_move_discard(const struct uvas_extent *run) {
         word = (word & ~(UVAS_PARTY_BITS | UVAS_MODIFIED | UVAS_BYTES_LOST)) | (run->mirror->armed ? 0u : UVAS_MODIFIED | 1u << UVAS_HOST);
     }
     uvas_publish(run, word);
-    settle(run);
     return rc;
 }
 
@@ -580,7 +493,7 @@ int uvas_move_discard(const struct uvas_extent *run) {
 static int repair_host(struct uvas_extent *run) {
     uint32_t devices = uvas_holders(run->word) & ~1u;
     if (devices) { /* others read: the same bytes, protected */
-        return copy_in(run, UVAS_HOST, alias_of(run, (uint32_t)__builtin_ctz(devices)), false);
+        return copy_in(run, UVAS_HOST, alias_of(run, (uint32_t)__builtin_ctz(devices)));
     }
     uvas_publish(run, run->word | UVAS_MODIFIED);
     int rc = fill_zero(run, UVAS_HOST);

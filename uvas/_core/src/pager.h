@@ -104,7 +104,7 @@ struct uvas_member { /* a party of a domain; the host is one too. Pager's alone,
     uint32_t misses;
     struct uvas_history threads[UVAS_THREADS];
     _Atomic uint64_t resident; /* bytes; these are written by the pager, read by anyone, relaxed */
-    _Atomic uint64_t read_faults, write_faults, bytes_in, bytes_out, evictions; /* bytes_: added to by the mate as well */
+    _Atomic uint64_t read_faults, write_faults, bytes_in, bytes_out, evictions;
     char name[64];
 };
 
@@ -179,11 +179,6 @@ struct uvas_extent uvas_extent_from(struct uvas_mirror *mirror, uint32_t first, 
 int uvas_move(const struct uvas_extent *run, uint32_t party, bool write);
 /* Bytes into memory that is watched, write-protected. A page that is there already has them: nobody else puts one there. 0 or -errno. */
 int uvas_copy_protected(int faults, uintptr_t to, const char *from, size_t size);
-/* The mate's share in a copy, and in a move. */
-struct uvas_shared_copy;
-struct uvas_shared_move;
-void uvas_copy_parts(struct uvas_shared_copy *copy);
-void uvas_move_pieces(struct uvas_shared_move *move);
 uintptr_t uvas_move_stuck(void); /* the page for which the last move answered -EBUSY */
 /* A device's copies go; somebody else has them too, or nobody wants them. */
 int uvas_move_drop(const struct uvas_extent *run, uint32_t party);
