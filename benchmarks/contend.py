@@ -1,9 +1,10 @@
-"""The host and two worker processes with memory of their own at the same word, and at the same border.
+"""The host and worker processes with memory of their own at the same word, at once and in turn, and at the same border.
 
 python benchmarks/contend.py [--quick]      target H8; writes results/contend.json
 
-Increments of one word by all three must add up; how many there are depends on how long a granule stays where it is, and
-so does how long each of the three waits at most. Shared memory shows what the processor itself does.
+Increments of one word by the host and two devices must add up; how many there are depends on how long a granule stays where it is, and
+so does how long each of the three waits at most. *In turn* is the ping-pong of one granule between the host and one
+device: each waits until the other has counted the word up, then does so itself. Shared memory shows what the processor itself does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from harness import library, write
 
 import uvas
 
-SIZE = 8 << 20
+SIZE = 16 << 20
 LEAD_NS = 50_000_000  # for all three to be there when it begins
 
 
@@ -39,6 +40,7 @@ class Functions:
 
     def __init__(self, path: str) -> None:
         self.increment = uvas.CFunction(path, "increment", "uint64")
+        self.in_turn = uvas.CFunction(path, "in_turn", "uint64")
         self.straddle = uvas.CFunction(path, "straddle", "uint64")
         self.longest = uvas.CFunction(path, "longest", "uint64")
 
@@ -68,7 +70,21 @@ def contend(functions: Functions, memory: Literal["shared", "private"], granule:
             least = min(int(count or 0) for count in counts) / total
             longest = max(int(wait or 0) for wait in waits) / 1e6
             found.append(Contention(what, memory, granule, total / ns * 1e9, longest, least))
-        return found
+        return [*found, in_turn(functions, held, one, memory, granule, ns)]
+
+
+def in_turn(
+    functions: Functions, held: uvas.Reservation, device: uvas.ProcessDevice, memory: str, granule: int, ns: int
+) -> Contention:
+    """Let host and device count one word up in turn."""
+    at, function = held.base + 4 * granule, functions.in_turn
+    begin = time.monotonic_ns() + LEAD_NS
+    theirs = device.submit(function, at, 1, begin, begin + ns)
+    counts = [int(function(at, 0, begin, begin + ns) or 0), int(theirs.result() or 0)]
+    longest = max(int(functions.longest() or 0), int(device.run(functions.longest) or 0)) / 1e6
+    if int(held.numpy("u8")[4 * granule // 8]) != sum(counts) or abs(counts[0] - counts[1]) > 1:
+        raise AssertionError(f"{counts} turns, and the word is {held.numpy('u8')[4 * granule // 8]}")
+    return Contention("one word in turn", memory, granule, sum(counts) / ns * 1e9, longest, min(counts) / sum(counts))
 
 
 def main() -> None:

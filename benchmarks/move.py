@@ -15,8 +15,8 @@ import mmap
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +179,32 @@ def streams(touch: Touch, rounds: int, size: int) -> list[Sample]:
     return samples
 
 
+def together(touch: Touch, rounds: int, size: int) -> list[Sample]:
+    """Let 1, 2, 4 and 8 devices go through host data at once, each through its part."""
+    samples: list[Sample] = []
+    for _ in range(rounds):
+        for count in (1, 2, 4, 8):
+            with ExitStack() as stack:
+                devices = [stack.enter_context(uvas.ProcessDevice(memory="private")) for _ in range(count)]
+                space = stack.enter_context(uvas.AddressSpace(devices))
+                held = stack.enter_context(space.reserve(size))
+                held.commit()
+                written(held)
+                part = size // count
+                began = time.perf_counter_ns()
+                under_way = [
+                    device.submit(touch.rising, held.base + i * part, part, PAGE, ADD)
+                    for i, device in enumerate(devices)
+                ]
+                for future in under_way:
+                    future.result()
+                ns = time.perf_counter_ns() - began
+                samples.append(Sample("H4 devices", "each adds to its part of host data", count, ns / (size / MIB)))
+                right = np.arange(0, size // 8, PAGE // 8) + 1
+                need(bool((held.numpy("u8")[:: PAGE // 8] == right).all()), "something was lost")
+    return samples
+
+
 def after_stretches(size: int) -> np.ndarray:
     """Return the first word of each page: counted from the stretch's begin, written, and twice added to."""
     return np.arange(0, size, PAGE) % STRETCH + 3
@@ -271,6 +297,11 @@ def comparisons(samples: list[Sample]) -> list[Ratio]:
             peers = [("H4", f"bare: {what.replace('a device', 'a worker')}", granule)]
             peers += [("H4", "LLNL umap: read from a memfd", granule)] if "reads" in what else []
             found.append(ratio(samples, f"{what}, granules of {size}", ("H4", what, granule), peers))
+    for count in (2, 4, 8):
+        one, more = (("H4 devices", "each adds to its part of host data", n) for n in (1, count))
+        peer = [replace(a, what="one device adds to all of it") for a in samples if (a.id, a.what, a.parameter) == one]
+        about = f"a device for each of {count} parts, all at once, adds to it"
+        found.append(ratio([*samples, *peer], about, more, [("H4 devices", "one device adds to all of it", 1)]))
     for what in ("first touch", "streaming"):
         ours, peer = (("H3", f"{what}, {memory}", 256 * MIB) for memory in ("unified memory", "plain memory"))
         found.append(ratio(samples, f"{what} of 256 MiB that nobody moves", ours, [peer]))
@@ -288,7 +319,9 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--target", action="append", help="H1, H2, H3, H4, H6 or H7; more than once; default: all")
+    parser.add_argument(
+        "--target", action="append", help="H1, H2, H3, H4, devices, H6 or H7; more than once; default: all"
+    )
     parser.add_argument("--umap", metavar="PATH", help="LLNL's libumap.so, to compare with")
     asked = parser.parse_args()
     rounds = 5 if asked.quick else 9
@@ -299,6 +332,7 @@ def main() -> None:
             "H2": lambda: prefetches(rounds, 64 * MIB),
             "H3": lambda: untouched(touch, rounds, 256 * MIB),
             "H4": lambda: streams(touch, rounds, 256 * MIB),
+            "devices": lambda: together(touch, rounds, 64 * MIB),
             "H6": lambda: sweeps(touch, rounds, 128 * MIB),
         }
         chosen = asked.target or [*targets, "H7"]

@@ -55,7 +55,7 @@ def _time(ns: float) -> str:
 def contentions(found: list[dict[str, Any]]) -> list[str]:
     """Return the second table: three at one word, and at one border."""
     table = [
-        "| host and two devices at once | memory | granule | each second | longest wait |",
+        "| host and devices | memory | granule | each second | longest wait |",
         "|---|---|---|---|---|",
     ]
     for one in sorted(found, key=lambda one: (one["what"], one["memory"], one["granule"])):

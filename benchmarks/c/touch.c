@@ -65,6 +65,22 @@ API uint64_t increment(uint64_t *word, uint64_t begin, uint64_t end) {
     return count;
 }
 
+/* One word counted up in turn: this party's turns are those in which it is even, or odd. Ends at `end`, or soon after the other has. */
+API uint64_t in_turn(uint64_t *word, uint64_t odd, uint64_t begin, uint64_t end) {
+    uint64_t count = 0;
+    for (uint64_t now = wait_until(begin); now < end; now = note(now)) {
+        uint64_t seen = __atomic_load_n(word, __ATOMIC_ACQUIRE);
+        while ((seen & 1) != odd && bench_ns() < end) {
+            seen = __atomic_load_n(word, __ATOMIC_ACQUIRE);
+        }
+        if ((seen & 1) == odd) {
+            __atomic_store_n(word, seen + 1, __ATOMIC_RELEASE);
+            count++;
+        }
+    }
+    return count;
+}
+
 /* Stores of eight bytes that lie on both sides of a border. */
 API uint64_t straddle(uintptr_t border, uint64_t begin, uint64_t end) {
     struct {
