@@ -2,9 +2,10 @@
 
 python benchmarks/contend.py [--quick]      target H8; writes results/contend.json
 
-Increments of one word by the host and two devices must add up; how many there are depends on how long a granule stays where it is, and
-so does how long each of the three waits at most. *In turn* is the ping-pong of one granule between the host and one
-device: each waits until the other has counted the word up, then does so itself. Shared memory shows what the processor itself does.
+Increments of one word by the host and two devices must add up; how many there are depends on how long a granule stays
+where it is, and so does how long each of the three waits at most. *In turn* is the ping-pong of one granule between the
+host and one device: each waits until the other has counted the word up, then does so itself. Shared memory shows what
+the processor itself does.
 """
 
 from __future__ import annotations
