@@ -7,7 +7,8 @@ under five minutes: what does not fit is left out, and it is said. Without a GPU
 
   G1  bandwidth of a kernel that copies     G4  moving pages by prefetch, each way
   G2  CuPy's allocations                    G5  a list followed, and a word counted up in turn, by pointer; first touch
-  G3  reserve + commit + release            G6  contexts that are made while threads reserve
+  G3  reserve + commit + release; the same  G6  contexts that are made while threads reserve
+      beside 100 and 400 that are held
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ TARGETS = (
     Target("G1", (COPY_BYTES,), 10, 25),
     Target("G2", (512, 64 << 10, MIB, 64 * MIB, 1 << 30), 500, 40),
     Target("G3", (2 * MIB, 64 * MIB, 512 * MIB), 5, 30),
+    Target("G3 beside", (0, 100, 400), 5, 20),
     Target("G4", (COPY_BYTES,), 1, 20),
     Target("G5 walk", (NODES,), 1, 20),
     Target("G5 trip", (8,), 1000, 15),

@@ -383,24 +383,28 @@ def _rmm() -> Iterator[Callable[[int], object]]:
 # ---- reservers -------------------------------------------------------------------------------------------------------
 
 
-def reservers() -> dict[str, Callable[[], AbstractContextManager[Callable[[int], object]]]]:
-    """Return what takes addresses with memory of the card's behind them, and gives both back."""
+TakeAndGive = tuple[Callable[[int], Any], Callable[[Any], object]]
+
+
+def reservers() -> dict[str, Callable[[], AbstractContextManager[TakeAndGive]]]:
+    """Return what takes addresses with memory of the card's behind them, and what gives both back."""
     return {"uvas vmm": _uvas_reserver, "the bare calls": _bare_calls, "cuda.core VirtualMemoryResource": _cuda_core}
 
 
 @contextmanager
-def _uvas_reserver() -> Iterator[Callable[[int], object]]:
+def _uvas_reserver() -> Iterator[TakeAndGive]:
     with uvas.CudaDevice(strategy="vmm") as device, uvas.AddressSpace([device]) as space:
 
-        def work(size: int) -> None:
-            with space.reserve(size) as held:
-                held.commit(location=device)
+        def take(size: int) -> uvas.Reservation:
+            held = space.reserve(size)
+            held.commit(location=device)
+            return held
 
-        yield work
+        yield take, lambda held: held.release()
 
 
 @contextmanager
-def _bare_calls() -> Iterator[Callable[[int], object]]:
+def _bare_calls() -> Iterator[TakeAndGive]:
     from uvas.devices.cuda import driver
 
     properties, access = driver.make("CUmemAllocationProp"), driver.make("CUmemAccessDesc")
@@ -409,21 +413,24 @@ def _bare_calls() -> Iterator[Callable[[int], object]]:
     access.location = properties.location
     access.flags = driver.enum("CUmemAccess_flags", "CU_MEM_ACCESS_FLAGS_PROT_READWRITE")
 
-    def work(size: int) -> None:
+    def take(size: int) -> tuple[int, int]:
         base = int(driver.call("cuMemAddressReserve", size, 0, 0, 0))
         handle = driver.call("cuMemCreate", size, properties, 0)
         driver.call("cuMemMap", base, size, 0, handle, 0)
         driver.call("cuMemRelease", handle)
         driver.call("cuMemSetAccess", base, size, [access], 1)
-        driver.call("cuMemUnmap", base, size)
-        driver.call("cuMemAddressFree", base, size)
+        return base, size
+
+    def give(taken: tuple[int, int]) -> None:
+        driver.call("cuMemUnmap", *taken)
+        driver.call("cuMemAddressFree", *taken)
 
     with uvas.CudaDevice(strategy="vmm") as device, device.card.current():
-        yield work
+        yield take, give
 
 
 @contextmanager
-def _cuda_core() -> Iterator[Callable[[int], object]]:
+def _cuda_core() -> Iterator[TakeAndGive]:
     try:
         from cuda.core import Device, VirtualMemoryResource
     except ImportError:  # before 1.0
@@ -432,7 +439,7 @@ def _cuda_core() -> Iterator[Callable[[int], object]]:
     device = Device(0)
     device.set_current()
     resource = VirtualMemoryResource(device)
-    yield lambda size: resource.allocate(size).close()
+    yield resource.allocate, lambda buffer: buffer.close()
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
@@ -457,12 +464,58 @@ def _calling(make: Callable[[], AbstractContextManager[Callable[[int], object]]]
     return peer
 
 
+def _reserving(make: Callable[[], AbstractContextManager[TakeAndGive]]) -> Peer:
+    """Take so many bytes and give them back."""
+
+    @contextmanager
+    def peer() -> Iterator[Callable[[int], Work]]:
+        with make() as (take, give):
+
+            def prepare(size: int) -> Work:
+                def work(count: int) -> None:
+                    for _ in range(count):
+                        give(take(size))
+
+                return work
+
+            yield prepare
+
+    return peer
+
+
+def _reserving_beside(make: Callable[[], AbstractContextManager[TakeAndGive]]) -> Peer:
+    """Take 2 MiB and give them back, while so many others are held."""
+
+    @contextmanager
+    def peer() -> Iterator[Callable[[int], Work]]:
+        with make() as (take, give):
+            held: list[Any] = []
+
+            def prepare(beside: int) -> Work:
+                enough((beside + 1) * 2 * MIB)
+                while len(held) < beside:
+                    held.append(take(2 * MIB))
+
+                def work(count: int) -> None:
+                    for _ in range(count):
+                        give(take(2 * MIB))
+
+                return work
+
+            yield prepare
+            while held:
+                give(held.pop())
+
+    return peer
+
+
 def peers() -> dict[str, dict[str, Peer]]:
     """Return who is compared with whom, by the target's letters."""
     return {
         "G1": {name: _copying(make) for name, make in memories().items()},
         "G2": {name: _calling(make) for name, make in allocators().items()},
-        "G3": {name: _calling(make) for name, make in reservers().items()},
+        "G3": {name: _reserving(make) for name, make in reservers().items()},
+        "G3 beside": {name: _reserving_beside(make) for name, make in reservers().items()},
         "G4": {
             "uvas hmm: prefetch, there and back": _prefetching,
             "memcpyAsync, pinned, both ways": _copying_pinned,

@@ -62,6 +62,7 @@ def test_every_peer_that_is_there_does_its_work(gpu, monkeypatch, tmp_path, caps
         gpu.Target("G1", (2 * mib,), 1, 1),
         gpu.Target("G2", (512, 4 * mib), 3, 1),
         gpu.Target("G3", (2 * mib,), 1, 1),
+        gpu.Target("G3 beside", (0, 3), 1, 1),
         gpu.Target("G4", (4 * mib,), 1, 1),
         gpu.Target("G5 walk", (100,), 1, 1),
         gpu.Target("G5 trip", (8,), 10, 1),
