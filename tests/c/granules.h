@@ -197,9 +197,10 @@ static inline struct uvas_traffic traffic_of(const struct scene *scene, uint32_t
     return (struct uvas_traffic){0};
 }
 
-/* The party reads all that it is said to have. Returns how many bytes were moved to it for that. */
+/* The party reads all that it is said to have. Returns how many bytes were moved to it for that, or from it meanwhile. */
 static inline uint64_t moved_for(struct scene *scene, uint32_t party) {
-    uint64_t held = 0, before = traffic_of(scene, party).bytes_in;
+    uint64_t held = 0;
+    struct uvas_traffic before = traffic_of(scene, party);
     for (uint32_t g = 0; g < scene->granules; g++) {
         if (where_is(scene, g) >> party & 1) {
             see(scene, party, g);
@@ -207,8 +208,10 @@ static inline uint64_t moved_for(struct scene *scene, uint32_t party) {
         }
     }
     struct uvas_traffic now = traffic_of(scene, party);
-    CHECK(party == 0 || now.bytes_in != before || now.resident_bytes == held);
-    return now.bytes_in - before;
+    uint64_t moved = now.bytes_in - before.bytes_in;
+    uint64_t lost = party == 0 || now.resident_bytes >= before.resident_bytes ? 0 : before.resident_bytes - now.resident_bytes;
+    CHECK(party == 0 || moved + lost > 0 || now.resident_bytes == held);
+    return moved + lost;
 }
 
 /* What a party is said to have it reads without anything being moved; and each device has as many bytes as it is said to have. Looked at twice: the

@@ -169,15 +169,15 @@ static void scatter(struct scene *scene) {
 
 /* What was lost is said to be so by all, until it is discarded. */
 static void losses_are_told(struct scene *scene) {
-    for (uint32_t g = 0; g < PLACES; g++) {
+    for (uint32_t g = 0; g < scene->granules; g++) {
         if (where_is(scene, g) & UVAS_PAGE_LOST) {
             struct uvas_moved moved;
             CHECK(may_lose && where_is(scene, g) == UVAS_PAGE_LOST);
             for (uint32_t party = 0; party < PARTIES && (party == 0 || scene->devices[party]); party++) {
                 CHECK(party_do(party, &(struct order){.verb = LOAD, .base = address_of(scene, g)}).rc == -EIO);
             }
-            CHECK(uvas_prefetch(scene->held.id, g * GRANULE, GRANULE, scene->devices[1], &moved) == -EBUSY && moved.why == -EIO);
-            CHECK_OK(uvas_discard(scene->held.id, g * GRANULE, GRANULE));
+            CHECK(uvas_prefetch(scene->held.id, g * scene->granule, scene->granule, scene->devices[1], &moved) == -EBUSY && moved.why == -EIO);
+            CHECK_OK(uvas_discard(scene->held.id, g * scene->granule, scene->granule));
             forgotten(scene, g, g + 1);
             losses++;
         }
@@ -231,6 +231,49 @@ static void moving_fails_for_a_while(void) {
     moving_fails(true);
     printf("   %lu granules were lost, and it was told\n", losses);
     CHECK(losses > 0);
+}
+
+/* ---- large moves, which two threads share --------------------------------------------------------------------------------------------------- */
+
+#define LARGE_GRANULE (64 * KIB)
+#define LARGE 40u /* granules: more than move at once */
+
+/* All of it, from one party to another. What answers 0 has moved all. */
+static void a_large_move_fails(struct scene *scene, uint32_t from, uint32_t to, bool lasts) {
+    bool met = true;
+    for (uint64_t k = 1; met && k <= MOST_CALLS; k += k < 16 ? 1 : 5) {
+        int error = errors[k % ERRORS];
+        step("a large move from %u to %u: call %lu fails with %s%s", from, to, k, strerror(error), lasts ? ", and all after it" : "");
+        for (uint32_t g = 0; g < LARGE; g++) {
+            put(scene, from, g);
+        }
+        may_lose = lasts;
+        fail_from(k, error, lasts);
+        int rc = uvas_prefetch(scene->held.id, 0, LARGE * LARGE_GRANULE, scene->devices[to], NULL);
+        met = fail_no_more(0);
+        for (uint32_t g = 0; rc == 0 && g < LARGE; g++) {
+            must_be(scene, g, 1u << to);
+        }
+        losses_are_told(scene);
+        may_lose = false;
+        all_is_well(scene);
+    }
+}
+
+static void large_moves_fail(void) {
+    struct scene scene;
+    pthread_t ender;
+    atomic_store(&over, false);
+    CHECK(pthread_create(&ender, NULL, ends_failures, NULL) == 0);
+    scene_open(&scene, LARGE_GRANULE, LARGE, CREW, 0);
+    for (uint32_t lasts = 0; lasts < 2; lasts++) {
+        a_large_move_fails(&scene, 0, 1, lasts);
+        a_large_move_fails(&scene, 1, 0, lasts);
+        a_large_move_fails(&scene, 1, 2, lasts);
+    }
+    scene_close(&scene);
+    atomic_store(&over, true);
+    (void)pthread_join(ender, NULL);
 }
 
 /* ---- life ---------------------------------------------------------------------------------------------------------------------------------- */
@@ -368,6 +411,7 @@ int main(int count, char **arguments) {
     static const struct test tests[] = {
         {"moving_fails_once", moving_fails_once},
         {"moving_fails_for_a_while", moving_fails_for_a_while},
+        {"large_moves_fail", large_moves_fail},
         {"life_fails", life_fails},
         {"death_at_each_call", death_at_each_call},
     };

@@ -40,6 +40,7 @@ static struct helper {
     pthread_t thread;
     _Atomic int state;
     bool asleep;
+    int processor; /* where it did its last job; -1: it has had none. Written by the thread before it is IDLE, by the pager before it is POSTED */
     struct job job;
 } mate, unsharer;
 
@@ -47,7 +48,16 @@ static bool idle(const struct helper *helper) {
     return atomic_load_explicit(&helper->state, memory_order_acquire) == IDLE;
 }
 
+/* Who is woken is often put where the waker runs, and stays there: then the two that are to work at once work in turns. */
+static void keep_apart(struct helper *helper) {
+    if (helper->processor >= 0 && helper->processor == uvas_vm_processor()) {
+        uvas_vm_keep_off(helper->thread, helper->processor);
+        helper->processor = -1;
+    }
+}
+
 static void post(struct helper *helper, const struct job *wanted) {
+    keep_apart(helper);
     helper->job = *wanted;
     atomic_store_explicit(&helper->state, POSTED, memory_order_seq_cst);
     pthread_mutex_lock(&lock);
@@ -123,6 +133,7 @@ static void *be_helper(void *which) {
             }
         }
         work(&helper->job);
+        helper->processor = uvas_vm_processor();
         atomic_store_explicit(&helper->state, IDLE, memory_order_release);
     }
 }
@@ -183,7 +194,7 @@ static pthread_t *const all_threads[] = {&mate.thread, &unsharer.thread, &watchd
 
 int uvas_guard_start(void) {
     ending = false;
-    mate = unsharer = (struct helper){.state = IDLE};
+    mate = unsharer = (struct helper){.state = IDLE, .processor = -1};
     int rc = uvas_thread_start(&mate.thread, be_helper, &mate);
     if (rc < 0) {
         return rc;

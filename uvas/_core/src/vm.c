@@ -142,6 +142,7 @@ void *uvas_vm_alias(int fd, size_t size_bytes) {
         (void)syscall(SYS_munmap, at, size_bytes);
         return NULL;
     }
+    (void)syscall(SYS_madvise, at, size_bytes, MADV_SEQUENTIAL); /* that we read a page here says nothing of its use: no page is moved up for it, as it goes */
     return (void *)at;
 }
 

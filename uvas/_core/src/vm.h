@@ -7,6 +7,7 @@
 #ifndef UVAS_VM_H
 #define UVAS_VM_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -117,6 +118,8 @@ int uvas_vm_resident(uintptr_t base, size_t size, uint64_t *bytes); /* what of i
 int uvas_vm_barrier_learn(void); /* 0: uvas_vm_barrier works in this process */
 void uvas_vm_barrier(void);      /* every other running thread of the process passes a full barrier before this returns */
 void uvas_vm_yield(void);
+int uvas_vm_processor(void); /* that this thread is on; -1: not known */
+void uvas_vm_keep_off(pthread_t thread, int processor); /* it runs where this one may, but not there; as before, where there is no other */
 
 /* -- processes -- */
 

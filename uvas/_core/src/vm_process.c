@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/uio.h>
 
@@ -30,6 +31,18 @@ void uvas_vm_barrier(void) {
 
 void uvas_vm_yield(void) {
     (void)syscall(SYS_sched_yield);
+}
+
+int uvas_vm_processor(void) {
+    return sched_getcpu();
+}
+
+void uvas_vm_keep_off(pthread_t thread, int processor) {
+    cpu_set_t may;
+    if (sched_getaffinity(0, sizeof may, &may) == 0 && CPU_COUNT(&may) > 1) { /* fails where there are more than the set has room for */
+        CPU_CLR((unsigned)processor, &may);
+        (void)pthread_setaffinity_np(thread, sizeof may, &may);
+    }
 }
 
 int uvas_vm_wait_for_end(int32_t parent) {
