@@ -87,8 +87,9 @@ class Arena(core.Allocator):
     Parameters
     ----------
     home
-        An `AddressSpace`, of which it takes reservations as it grows; or a `Reservation`, in which it lives and never
-        grows, and in which nothing else may be committed.
+        An `AddressSpace`, of which it takes reservations as it grows, the first for its first block; or a `Reservation`,
+        in which it lives and never grows, and in which nobody else commits or protects anything unless its addresses
+        are bare. Neither is closed or released before the arena.
     backing
         "auto": memory, as the space has it. "none": bare addresses; whoever gets a block maps behind it what he likes.
     limit
@@ -120,8 +121,10 @@ class Arena(core.Allocator):
         `home` is neither a space nor a reservation, or an option is not of its type.
     NotSupportedError
         There are no such pages or no such node here; the message says what would help.
-    AddressSpaceExhaustedError, LimitReachedError, OutOfMemoryError
-        There is no room or no memory for its first addresses.
+    BufferError
+        The reservation is in use, or something is committed in it.
+    LimitReachedError, OutOfMemoryError
+        There is no memory for what it keeps of its blocks, or no descriptor.
     ReleasedError
         `home` has been closed or released.
     """
@@ -391,6 +394,8 @@ class Arena(core.Allocator):
             code = -EBUSY if self._core.use(0) else self._core.close()
         if code == 0:
             self._forget()
+            for errand in self._home.when_unused():  # it was left by ``with`` before the arena was closed
+                enqueue(errand)
         return code
 
     def _forget(self) -> None:

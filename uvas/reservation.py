@@ -185,6 +185,8 @@ class Reservation(_Held):
             A device cannot have it there, or not so.
         OutOfMemoryError, LimitReachedError
             The host has no memory for it, or a limit stands against it.
+        BufferError
+            An arena lives there, which alone commits.
         AddressInUseError
             A part was lost to somebody else (`AddressSpace.heal` found it).
         DeviceError
@@ -227,6 +229,8 @@ class Reservation(_Held):
         ------
         ValueError
             Not all of the part is committed, it is not inside the reservation, or there is no such protection.
+        BufferError
+            An arena lives there, whose memory is as it has it.
         PermissionError
             It is a descriptor's that was not opened for that.
         DeviceError

@@ -533,7 +533,7 @@ class AddressSpace:
         Raises
         ------
         BufferError
-            An array lives over a reservation of it, or an arena in one; raised before anything is released.
+            An array lives over a reservation of it, or an arena is open in it; raised before anything is released.
         DeviceError
             A device did not give a reservation back; what was released before stays released, and the space stays open.
         ReleasedError
@@ -545,6 +545,7 @@ class AddressSpace:
         code = lib.uvas_space_close(self._cell[0])
         if code == -EBUSY:
             gc.collect()
+            work_off()  # an arena that was in a cycle
             code = lib.uvas_space_close(self._cell[0])
         if code == -EBUSY:
             refusal = raise_answer(code)

@@ -710,6 +710,64 @@ def test_a_space_is_not_closed_under_an_arena() -> None:
     space.close()
 
 
+@pytest.mark.parametrize("backing", ["auto", "none"])
+def test_a_space_is_not_closed_under_an_arena_without_a_block(backing: Any) -> None:
+    space = uvas.AddressSpace()
+    arena = uvas.Arena(space, name="tenant", backing=backing)
+    with pytest.raises(BufferError, match="arena tenant"):
+        space.close()
+    arena.alloc(1).free()
+    arena.close()
+    space.close()
+    assert space.closed
+
+
+def test_a_space_left_by_with_closes_when_the_empty_arena_does() -> None:
+    with uvas.AddressSpace() as space:
+        arena = uvas.Arena(space)
+    handle = space.handle
+    arena.alloc(1).free()
+    arena.close()
+    stats = ffi.new("struct uvas_space_stats *")
+    deadline = time.monotonic() + 10
+    while lib.uvas_space_stats(handle, stats) == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert lib.uvas_space_stats(handle, stats) == -errno.ESTALE
+
+
+def test_a_space_closes_after_an_arena_in_a_cycle() -> None:
+    space = uvas.AddressSpace()
+    things: list[Any] = [uvas.Arena(space)]
+    things.append(things)
+    del things
+    with pytest.warns(ResourceWarning, match="never closed"):
+        space.close()
+
+
+@pytest.mark.parametrize("verb", ["commit", "decommit", "protect", "map_fd"])
+def test_nobody_changes_memory_under_an_arena(space: uvas.AddressSpace, verb: str) -> None:
+    held = space.reserve(4 * MIB)
+    verbs = {
+        "commit": held.commit,
+        "decommit": held.decommit,
+        "protect": lambda: held.protect(0, 2 * MIB, "r"),
+        "map_fd": lambda: held.map_fd(file, offset=0, size=PAGE),
+    }
+    file = os.memfd_create("a page")
+    os.truncate(file, PAGE)
+    with uvas.Arena(held, name="tenant") as arena:
+        with pytest.raises(BufferError, match="arena tenant"):
+            verbs["commit"]()
+        block = arena.alloc(1000)
+        with pytest.raises(BufferError, match="arena tenant"):
+            verbs[verb]()
+        block.numpy("u1")[:] = 1
+        block.free()
+    os.close(file)
+    held.commit()
+    assert not held.numpy("u1").any()
+
+
 def test_a_space_left_by_with_closes_after_the_arena() -> None:
     with uvas.AddressSpace() as space, uvas.Arena(space) as arena:
         array = arena.alloc(100).numpy("u1")

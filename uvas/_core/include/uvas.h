@@ -146,7 +146,7 @@ struct uvas_space_stats {
 };
 
 UVAS_API int uvas_space_open(const struct uvas_space_options *options, uvas_id *out);
-/* Releases what is left in it and forgets it. -EBUSY, before anything is released, while a lease lives in it. */
+/* Releases what is left in it and forgets it. -EBUSY, before anything is released, while a lease lives in it or an arena takes reservations of it. */
 UVAS_API int uvas_space_close(uvas_id space);
 UVAS_API int uvas_space_stats(uvas_id space, struct uvas_space_stats *out);
 
@@ -246,7 +246,7 @@ UVAS_API int uvas_retire(uvas_id reservation);
 enum uvas_commit_flags { UVAS_POPULATE = 1 };
 
 /* Memory behind [offset, offset + size) of the reservation, page-aligned, on every party. What is committed already keeps its contents and
- * gets the protection. */
+ * gets the protection. -EBUSY, as for uvas_protect, where an arena lives, unless its addresses are bare. */
 UVAS_API int uvas_commit(uvas_id reservation, size_t offset, size_t size, uint32_t protection, uint32_t flags);
 /* Gives the memory back and keeps the addresses. What is not committed is passed over. */
 UVAS_API int uvas_decommit(uvas_id reservation, size_t offset, size_t size);
@@ -423,7 +423,7 @@ enum uvas_arena_pages { /* what the memory is made of */
 struct uvas_arena_options {
     const char *name;    /* at most 63 bytes are kept; NULL: "arena" */
     uvas_id space;       /* it takes reservations from this space as it needs them, or, if 0, */
-    uvas_id reservation; /* it lives in this one, which the caller made, and never grows. Nothing else may be committed in it */
+    uvas_id reservation; /* it lives in this one, which the caller made, and never grows. Nobody else commits in it, unless BARE */
     uint32_t flags;      /* enum uvas_arena_flags */
     uint32_t pages;      /* enum uvas_arena_pages */
     uint32_t node;       /* with UVAS_ARENA_BIND */

@@ -39,6 +39,7 @@
 #include <stdbool.h>
 
 #include "slots.h"
+#include "space.h"
 #include "uvas.h"
 
 #pragma GCC visibility push(hidden) /* said of each variable, so that it is found without a table */
@@ -285,6 +286,7 @@ struct uvas_arena {
     uvas_id id;
     char name[64];
     uvas_id space; /* 0: it does not grow */
+    struct uvas_tenant tenant; /* in that space's list */
     uint32_t flags, pages, node;
     size_t growth, limit;
     uint64_t idle_ns;
