@@ -229,8 +229,6 @@ class Reservation(_Held):
         ------
         ValueError
             Not all of the part is committed, it is not inside the reservation, or there is no such protection.
-        BufferError
-            An arena lives there, whose memory is as it has it.
         PermissionError
             It is a descriptor's that was not opened for that.
         DeviceError

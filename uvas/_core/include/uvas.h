@@ -246,11 +246,11 @@ UVAS_API int uvas_retire(uvas_id reservation);
 enum uvas_commit_flags { UVAS_POPULATE = 1 };
 
 /* Memory behind [offset, offset + size) of the reservation, page-aligned, on every party. What is committed already keeps its contents and
- * gets the protection. -EBUSY, as for uvas_protect, where an arena lives, unless its addresses are bare. */
+ * gets the protection. -EBUSY where an arena lives, unless its addresses are bare. */
 UVAS_API int uvas_commit(uvas_id reservation, size_t offset, size_t size, uint32_t protection, uint32_t flags);
 /* Gives the memory back and keeps the addresses. What is not committed is passed over. */
 UVAS_API int uvas_decommit(uvas_id reservation, size_t offset, size_t size);
-/* All of the range is committed, else -EINVAL. */
+/* All of the range is committed, else -EINVAL. Also where an arena lives, which touches its memory only to zero, poison or move it. */
 UVAS_API int uvas_protect(uvas_id reservation, size_t offset, size_t size, uint32_t protection);
 
 enum uvas_sharing { UVAS_PRIVATE = 0, UVAS_SHARED = 1 };
@@ -431,7 +431,7 @@ struct uvas_arena_options {
     size_t limit;        /* bytes that large blocks and slabs take, at most, rounded down to pages; 0: no limit */
     uint64_t idle_ns;    /* memory that nothing has used for so long is given back by a thread that takes or returns pages; 0: ten seconds; UINT64_MAX: never */
     /* Asked, with no lock held, before a call fails with -ENOMEM, -ENOSPC or -EDQUOT: it may free blocks, and answers 1 to have the call tried
-     * once more. NULL: nobody is asked. */
+     * once more. Nobody is asked on behalf of what it allocates here itself. NULL: nobody is asked. */
     int (*exhausted)(void *context, size_t size);
     void *context;
 };
@@ -480,7 +480,8 @@ UVAS_API int uvas_alloc_zeroed_try(uvas_id arena, size_t size, size_t align, uin
 /* The block with another size, in place where it can be, else moved (contents copied up to the smaller size). On failure it is as it was. */
 UVAS_API int uvas_realloc(uvas_id arena, uintptr_t address, size_t size, uintptr_t *out);
 /* -EINVAL, and nothing happens, where `address` is not the base of a live block of this arena: freed already, or never allocated. (Two frees of one
- * block at the very same time: one of them answers -EINVAL, or both 0 where one is by the thread that allocated it; the block is free once. What cannot
+ * block at the very same time: one of them answers -EINVAL, or both 0 where one is by the thread that owns the slab, which the allocating one does
+ * until it ends; the block is free once. What cannot
  * be told is a second free that comes when the block has been handed out again.) In a forked child the blocks of the parent's arenas are left alone, and the answer is 0. */
 UVAS_API int uvas_free(uvas_id arena, uintptr_t address);
 /* As uvas_free, under the conditions of uvas_alloc_try. */

@@ -274,6 +274,7 @@ struct uvas_heap {
     uint64_t large_blocks, large_bytes;  /* allocated, ever */
     size_t kept_bytes;
     uint32_t visits; /* of slower ways */
+    bool asking; /* its thread is in the arena's callback, which is not called for what it allocates itself; that thread's alone */
     bool due; /* some memory has been idle for long, and who noticed might not wait */
     uint32_t kept_next; /* where the next kept run goes */
     size_t kept_sizes[UVAS_KEPT_RUNS]; /* 0: none is kept there */

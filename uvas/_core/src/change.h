@@ -21,7 +21,7 @@
 
 enum uvas_tolerance { /* beside whom a change may happen */
     UVAS_BESIDE_NOBODY, /* it takes memory away: no lease there */
-    UVAS_BESIDE_ARRAYS, /* it takes nothing away: any lease, but no arena that alone commits there, which believes that fresh pages are zero */
+    UVAS_BESIDE_ARRAYS, /* it brings memory: any lease, but no arena that alone commits there, which believes that fresh pages are zero */
     UVAS_BESIDE_ALL,    /* who uses the memory is the caller's to know */
 };
 

@@ -220,7 +220,7 @@ static int protected(struct uvas_plan *plan, const struct uvas_piece_entry *was,
 }
 
 int uvas_protect(uvas_id reservation, size_t offset, size_t size, uint32_t protection) {
-    return change_all(reservation, offset, size, protection, 0, UVAS_BESIDE_ARRAYS, protected);
+    return change_all(reservation, offset, size, protection, 0, UVAS_BESIDE_ALL, protected);
 }
 
 /* ---- what is there ----------------------------------------------------------------------------------------------------------------------------- */
