@@ -195,7 +195,8 @@ def main() -> None:
         running, missing = allocators(Path(directory), libraries)
         for name, why in missing.items():
             print(f"without {name}: {why}", file=sys.stderr)
-        running = [one for one in running if not asked.allocator or one.key in asked.allocator]
+        left_out = [one.name for one in running if asked.allocator and one.key not in asked.allocator]
+        running = [one for one in running if one.name not in left_out]
         share = 0 if asked.long else 0.25 if asked.quick else 1
         measured, failed = measure(chosen, running, 1 if asked.long else asked.rounds, share)
     samples = [
@@ -212,6 +213,7 @@ def main() -> None:
         libraries={one.name: Path(one.library).name for one in running if one.library},
         bounds=[one.name for one in running if one.bound],
         missing=missing,
+        left_out=left_out,
         failed=failed,
         workloads=[asdict(one) for one in chosen],
         measures=[asdict(one) for one in summary(measured)],

@@ -46,6 +46,15 @@ def best_peer(content: dict[str, Any], measure: str, of: dict[str, float]) -> st
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
+def peers(content: dict[str, Any]) -> str:
+    """Return a sentence: who was there to be the best, and who was not."""
+    measured = {one["what"] for one in content["measures"]} - {OURS, *content["bounds"]}
+    there = sorted(measured, key=str.casefold)
+    absent = sorted({*content["missing"], *content.get("left_out", ())} - measured, key=str.casefold)
+    said = f"From C the best of {len(there)} {'peer' if len(there) == 1 else 'peers'}: {'; '.join(there) or 'nobody'}"
+    return f"{said}. Not measured here: {'; '.join(absent)}." if absent else f"{said}."
+
+
 def lines(content: dict[str, Any]) -> list[str]:
     """Return lines of Markdown: for each workload uvas, the best peer of that workload, and the ratio."""
     found = medians(content)
@@ -81,7 +90,7 @@ def rewrite(contents: Sequence[dict[str, Any]]) -> None:
     if not marker:
         return
     machine = contents[0]["machine"]
-    table = [f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}:", ""]
+    table = [f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}. {peers(contents[0])}", ""]
     table += ["| what | uvas | best peer | it takes | ratio (quartiles) |", "|---|---|---|---|---|"]
     for content in contents:
         table += lines(content)

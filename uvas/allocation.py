@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterable
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
@@ -171,4 +171,6 @@ class _Methods(Allocation if TYPE_CHECKING else object):  # type: ignore[misc]  
 
 for _name, _method in vars(_Methods).items():
     if _name not in ("__module__", "__doc__", "__dict__", "__weakref__"):
+        if isinstance(_method, FunctionType):
+            _method.__qualname__ = f"Allocation.{_name}"  # for what Python says of arguments
         setattr(Allocation, _name, _method)

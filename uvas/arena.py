@@ -23,10 +23,10 @@ import numpy.typing as npt
 
 from uvas import ordered
 from uvas._core import allocation as core
-from uvas._core import fast, ffi, lib
+from uvas._core import fast, ffi, handler, lib
 from uvas.allocation import Allocation as Allocation
 from uvas.allocation import arenas
-from uvas.arguments import as_choice, as_number, as_size
+from uvas.arguments import as_choice, as_label, as_number, as_size
 from uvas.devices.adapter import raise_answer
 from uvas.devices.transport import address_of
 from uvas.errors import OutOfMemoryError, ReleasedError
@@ -87,8 +87,10 @@ class Arena(core.Allocator):
     Parameters
     ----------
     home
-        An `AddressSpace`, of which it takes reservations as it grows; or a `Reservation`, in which it lives and never
-        grows, and in which nothing else may be committed.
+        An `AddressSpace`, of which it takes reservations as it grows, the first for its first block; or a
+        `Reservation`, in which it lives and never grows, and in which nobody else commits or maps anything unless its
+        addresses are bare. (Blocks may be protected, and are to be as they were when they are freed.) Neither is closed
+        or released before the arena.
     backing
         "auto": memory, as the space has it. "none": bare addresses; whoever gets a block maps behind it what he likes.
     limit
@@ -110,7 +112,9 @@ class Arena(core.Allocator):
         Seconds after which unused memory is given back; `math.inf`: never.
     exhausted
         Asked, with the size, before an allocation fails for want of memory or room: it may free something, and returns
-        whether to try once more. What it raises, `alloc` raises; NumPy's allocations then fail with `MemoryError`.
+        whether to try once more. It is not asked on behalf of what it allocates in this arena itself. What it raises,
+        `alloc` raises; when NumPy asked, that fails with `MemoryError`, and `sys.unraisablehook` is told what was
+        raised. A `KeyboardInterrupt` then comes again, on the main thread, as soon as NumPy's function is done.
 
     Raises
     ------
@@ -120,8 +124,10 @@ class Arena(core.Allocator):
         `home` is neither a space nor a reservation, or an option is not of its type.
     NotSupportedError
         There are no such pages or no such node here; the message says what would help.
-    AddressSpaceExhaustedError, LimitReachedError, OutOfMemoryError
-        There is no room or no memory for its first addresses.
+    BufferError
+        The reservation is in use, or something is committed in it.
+    LimitReachedError, OutOfMemoryError
+        There is no memory for what it keeps of its blocks, or no descriptor.
     ReleasedError
         `home` has been closed or released.
     """
@@ -154,10 +160,9 @@ class Arena(core.Allocator):
         idle: float | None = None,
         exhausted: Callable[[int], bool] | None = None,
     ) -> None:
-        if not isinstance(name, str | None):
-            raise TypeError(f"a name is a string, not {name!r}")
         self._generation = generation()
         self._home = home
+        label = as_label("arena" if name is None else name)
         self._name = name if name is not None else "arena"
         self._backing = backing
         self._exhausted = exhausted
@@ -165,7 +170,6 @@ class Arena(core.Allocator):
         self._errors: dict[int, BaseException] = {}
         self._regions: dict[int, Region] = {}
         self._key = next(_keys)
-        label = ffi.new("char[]", self._name.encode())
         options = ffi.new("struct uvas_arena_options *")
         options.name = label
         if isinstance(home, AddressSpace):
@@ -262,11 +266,19 @@ class Arena(core.Allocator):
     def _ask(self, size: int) -> bool:
         """Ask the user's callback. C calls this, on the thread that allocates."""
         self._errors.pop(threading.get_ident(), None)
+        numpy = handler.asks(0)  # who allocates in the callback raises what he is told
         try:
             return self._exhausted is not None and bool(self._exhausted(size))
         except BaseException as error:
-            self._errors[threading.get_ident()] = error
+            if numpy:
+                handler.asks(numpy)
+                handler.tell(error, self._exhausted)
+                numpy = handler.asks(0)
+            else:
+                self._errors[threading.get_ident()] = error
             return False
+        finally:
+            handler.asks(numpy)
 
     # ---- what it holds -----------------------------------------------------------------------------------------------
 
@@ -391,6 +403,8 @@ class Arena(core.Allocator):
             code = -EBUSY if self._core.use(0) else self._core.close()
         if code == 0:
             self._forget()
+            for errand in self._home.when_unused():  # it was left by ``with`` before the arena was closed
+                enqueue(errand)
         return code
 
     def _forget(self) -> None:

@@ -70,6 +70,23 @@ def as_choice(option: str, value: str, choices: dict[str, int]) -> int:
     return choices[value]
 
 
+def as_label(name: object) -> Any:
+    """Return a name as C takes it, for as long as what is returned lives.
+
+    Raises
+    ------
+    TypeError
+        It is no string.
+    ValueError
+        It holds the character NUL, at which C would end it.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"a name is a string, not {name!r}")
+    if "\0" in name:
+        raise ValueError(f"a name holds no NUL, as {name!r} does")
+    return ffi.new("char[]", name.encode())
+
+
 def as_window(window: Window | None) -> Range | None:
     """Return a window as a range.
 
@@ -104,7 +121,7 @@ def as_where(at: int | None, window: Window | None, align: int | None, name: str
         where.align = as_size("the alignment", align)
         if not where.align:
             raise ValueError("the alignment 0x0 is not a power of two")
-    label = ffi.new("char[]", name.encode()) if name is not None else ffi.NULL
+    label = as_label(name) if name is not None else ffi.NULL
     where.name = label
     return where, label
 

@@ -80,6 +80,8 @@ class Measuring:
         return self._measurements[-1]
 
     def __exit__(self, *exception: object) -> None:
+        if not self._measurements:
+            raise RuntimeError("there is nothing to end: arena.measure() begins with a with block")
         measurement = self._measurements.pop()
         if not self._arena.closed:
             measurement._end()

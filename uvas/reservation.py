@@ -185,6 +185,8 @@ class Reservation(_Held):
             A device cannot have it there, or not so.
         OutOfMemoryError, LimitReachedError
             The host has no memory for it, or a limit stands against it.
+        BufferError
+            An arena lives there, which alone commits.
         AddressInUseError
             A part was lost to somebody else (`AddressSpace.heal` found it).
         DeviceError

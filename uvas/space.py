@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from uvas import movement as moving
 from uvas._core import ffi, lib
-from uvas.arguments import Window, as_choice, as_size, as_where, as_window
+from uvas.arguments import Window, as_choice, as_label, as_size, as_where, as_window
 from uvas.audit import inspect_space
 from uvas.devices.adapter import Party, raise_answer
 from uvas.devices.base import Device
@@ -100,7 +100,7 @@ class AddressSpace:
         self._retired = False
         if not 0 < as_size("attempts", attempts) < 1 << 32:
             raise ValueError(f"attempts are at least 1, not {attempts}")
-        label = ffi.new("char[]", name.encode())
+        label = as_label(name)
         options = ffi.new("struct uvas_space_options *")
         options.name = label
         options.backing = as_choice("backing", backing, _BACKINGS)
@@ -196,7 +196,8 @@ class AddressSpace:
         """
         work_off()
         held = Adoption(self, owner)
-        code = lib.uvas_adopt(self._cell[0], as_size("base", base), as_size("size", size), owner.encode(), held._cell)
+        label = as_label(owner)
+        code = lib.uvas_adopt(self._cell[0], as_size("base", base), as_size("size", size), label, held._cell)
         if code < 0:
             raise raise_answer(code)
         held._settle()
@@ -533,7 +534,7 @@ class AddressSpace:
         Raises
         ------
         BufferError
-            An array lives over a reservation of it, or an arena in one; raised before anything is released.
+            An array lives over a reservation of it, or an arena is open in it; raised before anything is released.
         DeviceError
             A device did not give a reservation back; what was released before stays released, and the space stays open.
         ReleasedError
@@ -545,6 +546,7 @@ class AddressSpace:
         code = lib.uvas_space_close(self._cell[0])
         if code == -EBUSY:
             gc.collect()
+            work_off()  # an arena that was in a cycle
             code = lib.uvas_space_close(self._cell[0])
         if code == -EBUSY:
             refusal = raise_answer(code)

@@ -612,6 +612,56 @@ static void asked_before_it_fails(void) {
     end_scene(&scene);
 }
 
+static int help_itself(void *context, size_t size) { /* to a block of the same arena, which is full */
+    struct helper *helper = context;
+    uintptr_t got = UNTOUCHED;
+    helper->calls++;
+    refused(uvas_alloc(helper->arena, size, 0, &got), -ENOMEM, got);
+    return helper->answer;
+}
+
+static void nobody_is_asked_on_behalf_of_who_is_asked(void) {
+    struct helper helper = {0};
+    struct scene scene = fixed_scene(4 * MIB, &(struct uvas_arena_options){.exhausted = help_itself, .context = &helper, .limit = MIB});
+    uintptr_t got = UNTOUCHED;
+    helper.arena = scene.arena;
+    for (helper.answer = 0; helper.answer < 2; helper.answer++) {
+        refused(uvas_alloc(scene.arena, 2 * MIB, 0, &got), -ENOMEM, got);
+        CHECK(helper.calls == 1 + helper.answer); /* once each time, and again the next */
+    }
+    end_scene(&scene);
+}
+
+static void nothing_goes_from_under_it(void) {
+    struct scene scene = growing_scene(&(struct uvas_arena_options){.name = "tenant"});
+    uvas_id second;
+    CHECK(stats_of(scene.arena).regions == 0);
+    CHECK(uvas_space_close(scene.space) == -EBUSY && strstr(uvas_last_failure()->text, "tenant")); /* before its first reservation as after it */
+    CHECK_OK(uvas_arena_open(&(struct uvas_arena_options){.space = scene.space, .name = "second"}, &second));
+    uintptr_t block = must_alloc(scene.arena, MIB, 0);
+    CHECK_OK(uvas_free(scene.arena, block));
+    CHECK_OK(uvas_arena_close(scene.arena));
+    CHECK(uvas_space_close(scene.space) == -EBUSY && strstr(uvas_last_failure()->text, "second"));
+    scene.arena = second;
+    end_scene(&scene);
+    CHECK(uvas_arena_open(&(struct uvas_arena_options){.space = scene.space}, &second) == -ESTALE);
+    scene = fixed_scene(4 * MIB, &(struct uvas_arena_options){.name = "alone"});
+    CHECK(uvas_commit(scene.held.id, 0, PAGE, UVAS_READ, 0) == -EBUSY && strstr(uvas_last_failure()->text, "alone"));
+    block = must_alloc(scene.arena, MIB, 0);
+    CHECK(uvas_commit(scene.held.id, 0, 4 * MIB, UVAS_READ | UVAS_WRITE, 0) == -EBUSY);
+    CHECK(uvas_decommit(scene.held.id, 0, PAGE) == -EBUSY && strstr(uvas_last_failure()->text, "alone"));
+    CHECK_OK(uvas_free(scene.arena, block));
+    CHECK_OK(uvas_arena_close(scene.arena));
+    CHECK_OK(uvas_commit(scene.held.id, 0, PAGE, UVAS_READ | UVAS_WRITE, 0)); /* it is the caller's again */
+    struct uvas_arena_options bare = {.reservation = scene.held.id, .flags = UVAS_ARENA_BARE};
+    CHECK_OK(uvas_decommit(scene.held.id, 0, PAGE));
+    CHECK_OK(uvas_arena_open(&bare, &scene.arena));
+    CHECK_OK(uvas_commit(scene.held.id, 0, PAGE, UVAS_READ | UVAS_WRITE, 0)); /* of bare addresses: by whoever likes */
+    CHECK_OK(uvas_protect(scene.held.id, 0, PAGE, UVAS_READ));
+    CHECK_OK(uvas_decommit(scene.held.id, 0, PAGE));
+    end_scene(&scene);
+}
+
 static void grows_by_reservations(void) {
     struct scene scene = growing_scene(&(struct uvas_arena_options){.growth = 4 * MIB, .name = "grows"});
     uintptr_t blocks[64];
@@ -849,6 +899,8 @@ int main(int argc, char **argv) {
         TEST(many_at_once),
         TEST(at_the_limit),
         TEST(asked_before_it_fails),
+        TEST(nobody_is_asked_on_behalf_of_who_is_asked),
+        TEST(nothing_goes_from_under_it),
         TEST(grows_by_reservations),
         TEST(growth_ends_where_the_space_does),
         TEST(a_fixed_arena_never_grows),

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -260,6 +261,11 @@ def test_arrays_that_cannot_be(arena: uvas.Arena, dtype: str, shape: int, offset
     assert block.holds == 0
 
 
+def test_what_is_said_of_arguments_names_the_class(arena: uvas.Arena) -> None:
+    with arena.alloc(100) as block, pytest.raises(TypeError, match=r"Allocation\.numpy\(\)"):
+        block.numpy()  # type: ignore[call-arg]
+
+
 def test_not_to_be_copied_or_pickled(arena: uvas.Arena) -> None:
     block = arena.alloc(8)
     for one in (block, arena):
@@ -360,8 +366,22 @@ def test_what_the_callback_raises_is_raised(space: uvas.AddressSpace) -> None:
             arena.alloc(2 * MIB)
         assert isinstance(caught.value.__context__, uvas.OutOfMemoryError)
         arena.alloc(1000).free()
-        with uvas.numpy_allocator(arena), pytest.raises(MemoryError):
-            np.empty(2 * MIB)
+
+
+def test_nobody_is_asked_on_behalf_of_the_callback(space: uvas.AddressSpace) -> None:
+    asked: list[int] = []
+
+    def exhausted(size: int) -> bool:
+        asked.append(size)
+        arena.alloc(size)
+        return True
+
+    with uvas.Arena(space, limit=MIB, exhausted=exhausted) as arena:
+        for count in (1, 2):
+            with pytest.raises(uvas.OutOfMemoryError) as caught:
+                arena.alloc(2 * MIB)
+            assert isinstance(caught.value.__context__, uvas.OutOfMemoryError)
+            assert asked == [2 * MIB] * count
 
 
 def test_a_cache_that_the_callback_refers_to_goes_with_the_arena(space: uvas.AddressSpace) -> None:
@@ -494,6 +514,11 @@ def test_measure(arena: uvas.Arena) -> None:
     assert "2 allocations" in repr(used)
 
 
+def test_a_measure_that_never_began(arena: uvas.Arena) -> None:
+    with pytest.raises(RuntimeError, match="nothing to end"):
+        arena.measure().__exit__(None, None, None)
+
+
 def test_measures_may_be_nested(arena: uvas.Arena) -> None:
     with arena.measure() as outer:
         arena.alloc(8 * MIB).free()
@@ -540,6 +565,17 @@ def test_options_that_there_are_not(space: uvas.AddressSpace, options: dict[str,
 def test_options_of_another_type(space: uvas.AddressSpace, options: dict[str, object]) -> None:
     with pytest.raises(TypeError, match=str(next(iter(options)))):
         uvas.Arena(space, **options)  # type: ignore[arg-type]
+
+
+def test_names_that_c_would_cut(space: uvas.AddressSpace) -> None:
+    for named in (
+        lambda: uvas.AddressSpace(name="a\0b"),
+        lambda: uvas.Arena(space, name="a\0b"),
+        lambda: space.reserve(PAGE, name="a\0b"),
+        lambda: space.adopt(PAGE, PAGE, owner="a\0b"),
+    ):
+        with pytest.raises(ValueError, match="NUL"):
+            named()
 
 
 def test_homes_that_there_are_not(space: uvas.AddressSpace, arena: uvas.Arena) -> None:
@@ -708,6 +744,66 @@ def test_a_space_is_not_closed_under_an_arena() -> None:
     block.free()
     arena.close()
     space.close()
+
+
+@pytest.mark.parametrize("backing", ["auto", "none"])
+def test_a_space_is_not_closed_under_an_arena_without_a_block(backing: Any) -> None:
+    space = uvas.AddressSpace()
+    arena = uvas.Arena(space, name="tenant", backing=backing)
+    with pytest.raises(BufferError, match="arena tenant"):
+        space.close()
+    arena.alloc(1).free()
+    arena.close()
+    space.close()
+    assert space.closed
+
+
+def test_a_space_left_by_with_closes_when_the_empty_arena_does() -> None:
+    with uvas.AddressSpace() as space:
+        arena = uvas.Arena(space)
+    handle = space.handle
+    arena.alloc(1).free()
+    arena.close()
+    stats = ffi.new("struct uvas_space_stats *")
+    deadline = time.monotonic() + 10
+    while lib.uvas_space_stats(handle, stats) == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert lib.uvas_space_stats(handle, stats) == -errno.ESTALE
+
+
+def test_a_space_closes_after_an_arena_in_a_cycle() -> None:
+    space = uvas.AddressSpace()
+    things: list[Any] = [uvas.Arena(space)]
+    things.append(things)
+    del things
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # which, recorded, would keep it
+        space.close()
+    assert space.closed
+
+
+@pytest.mark.parametrize("verb", ["commit", "decommit", "map_fd"])
+def test_nobody_changes_memory_under_an_arena(space: uvas.AddressSpace, verb: str) -> None:
+    held = space.reserve(4 * MIB)
+    verbs = {
+        "commit": held.commit,
+        "decommit": held.decommit,
+        "map_fd": lambda: held.map_fd(file, offset=0, size=PAGE),
+    }
+    file = os.memfd_create("a page")
+    os.truncate(file, PAGE)
+    with uvas.Arena(held, name="tenant") as arena:
+        with pytest.raises(BufferError, match="arena tenant"):
+            verbs["commit"]()
+        block = arena.alloc(1000)
+        with pytest.raises(BufferError, match="arena tenant"):
+            verbs[verb]()
+        block.numpy("u1")[:] = 1
+        block.free()
+    os.close(file)
+    held.commit()
+    assert not held.numpy("u1").any()
+    held.release()
 
 
 def test_a_space_left_by_with_closes_after_the_arena() -> None:

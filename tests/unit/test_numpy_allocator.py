@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import on_device
@@ -160,6 +161,69 @@ def test_the_callback_serves_numpy(space: uvas.AddressSpace) -> None:
         cache.append(np.ones(6 * MIB, "u1"))
         assert np.ones(6 * MIB, "u1").all()
         assert cache == []
+
+
+def test_what_the_callback_raises_under_numpy_is_told(
+    space: uvas.AddressSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    def exhausted(size: int) -> bool:
+        raise LookupError(size)
+
+    with uvas.Arena(space, limit=MIB, exhausted=exhausted) as arena:
+        monkeypatch.setattr(sys, "unraisablehook", told.append)
+        for make in (np.empty, np.zeros):
+            with uvas.numpy_allocator(arena), pytest.raises(MemoryError):
+                make(2 * MIB)
+        assert [(type(one.exc_value), one.object) for one in told] == [(LookupError, exhausted)] * 2
+        assert told[0].exc_traceback is not None
+        with pytest.raises(LookupError):  # alloc raises it itself
+            arena.alloc(2 * MIB)
+        assert len(told) == 2
+        told.clear()
+        assert not arena._errors
+
+
+def test_a_callback_under_numpy_is_raised_at_by_alloc(space: uvas.AddressSpace) -> None:
+    caught: list[BaseException] = []
+
+    def inner(size: int) -> bool:
+        raise LookupError(size)
+
+    with uvas.Arena(space, limit=MIB, exhausted=inner) as other:
+
+        def outer(size: int) -> bool:
+            with pytest.raises(LookupError) as raised:
+                other.alloc(size)
+            caught.append(raised.value)
+            return False
+
+        with (
+            uvas.Arena(space, limit=MIB, exhausted=outer) as arena,
+            uvas.numpy_allocator(arena),
+            pytest.raises(MemoryError),
+        ):
+            np.empty(2 * MIB)
+    assert len(caught) == 1
+
+
+def test_an_interrupt_in_the_callback_comes_again_after_numpy(space: uvas.AddressSpace) -> None:
+    def exhausted(size: int) -> bool:
+        raise KeyboardInterrupt
+
+    def ask(turns: Iterator[int]) -> None:
+        with suppress(MemoryError):
+            np.empty(2 * MIB)
+        for _ in turns:
+            pass
+
+    turns = iter(range(1000))
+    with uvas.Arena(space, limit=MIB, exhausted=exhausted) as arena:
+        with pytest.raises(KeyboardInterrupt), uvas.numpy_allocator(arena):
+            ask(turns)
+        assert next(turns, None) is not None  # at once
+        assert not arena._errors
 
 
 # ---- threads and tasks -----------------------------------------------------------------------------------------------

@@ -152,6 +152,57 @@ static uvas_id arena_of(const struct handler *handler) {
     return is_forked(handler) ? own_arena(handler->limit) : handler->arena;
 }
 
+/* ---- what an arena's callback raises ------------------------------------------------------------------------------------------------------ */
+
+enum { ASKS = 1, INTERRUPTED = 2 };
+
+/* NumPy waits for memory on this thread: it can say that there is none, and nothing else. */
+static _Thread_local unsigned numpy_asks;
+
+static unsigned begin_to_ask(void) {
+    unsigned before = numpy_asks;
+    numpy_asks = ASKS;
+    return before;
+}
+
+/* Ctrl-C comes again, as if it had been pressed now: NumPy's function has its end first. */
+static void end_to_ask(unsigned before) {
+    if (numpy_asks & INTERRUPTED) {
+        PyErr_SetInterrupt();
+    }
+    numpy_asks = before;
+}
+
+PyDoc_STRVAR(asks_doc, "asks($module, value, /)\n--\n\nSay whether NumPy is who waits on this thread; return what was said before.");
+
+static PyObject *asks(PyObject *module, PyObject *value) {
+    (void)module;
+    unsigned long said = PyLong_AsUnsignedLong(value);
+    if (said == (unsigned long)-1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    unsigned before = numpy_asks;
+    numpy_asks = (unsigned)said;
+    return PyLong_FromUnsignedLong(before);
+}
+
+PyDoc_STRVAR(tell_doc, "tell($module, error, who, /)\n--\n\nTell sys.unraisablehook of an error; of an interrupt, the main thread when NumPy is done.");
+
+static PyObject *tell(PyObject *module, PyObject *arguments) {
+    (void)module;
+    PyObject *error, *who;
+    if (!PyArg_ParseTuple(arguments, "OO", &error, &who)) {
+        return NULL;
+    }
+    if (PyErr_GivenExceptionMatches(error, PyExc_KeyboardInterrupt)) {
+        numpy_asks |= INTERRUPTED;
+    } else {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        PyErr_WriteUnraisable(who);
+    }
+    Py_RETURN_NONE;
+}
+
 /* ---- the functions ------------------------------------------------------------------------------------------------------------------------ */
 
 static void *take(uvas_id arena, size_t size) {
@@ -159,7 +210,9 @@ static void *take(uvas_id arena, size_t size) {
     int rc = arena ? uvas_alloc_try(arena, size, 0, &base) : -ENOMEM;
     if (rc == -EAGAIN) {
         PyThreadState *thread = give_up();
+        unsigned before = begin_to_ask();
         rc = uvas_alloc(arena, size, 0, &base);
+        end_to_ask(before);
         take_back(thread);
     }
     return rc == 0 ? (void *)base : NULL;
@@ -180,7 +233,9 @@ static void *handler_calloc(void *context, size_t count, size_t element) {
     int rc = !arena ? -ENOMEM : size <= GIL_KEPT ? uvas_alloc_zeroed_try(arena, size, 0, &base) : -EAGAIN;
     if (rc == -EAGAIN) {
         PyThreadState *thread = give_up();
+        unsigned before = begin_to_ask();
         rc = uvas_alloc_zeroed(arena, size, 0, &base);
+        end_to_ask(before);
         take_back(thread);
     }
     return rc == 0 ? (void *)base : NULL;
@@ -251,7 +306,9 @@ static void *handler_realloc(void *context, void *pointer, size_t size) {
     }
     int rc;
     PyThreadState *thread = give_up();
+    unsigned before = begin_to_ask();
     rc = uvas_realloc(arena, (uintptr_t)pointer, size, &base);
+    end_to_ask(before);
     take_back(thread);
     return rc == 0 ? (void *)base : NULL;
 }
@@ -564,6 +621,8 @@ static PyType_Spec under_spec = {"uvas._core._handler.Under", sizeof(Under), 0, 
 static PyMethodDef methods[] = {
     {"make", make, METH_VARARGS, make_doc},
     {"set", set, METH_O, set_doc},
+    {"asks", asks, METH_O, asks_doc},
+    {"tell", tell, METH_VARARGS, tell_doc},
     {"get", get, METH_NOARGS, get_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -146,7 +146,7 @@ struct uvas_space_stats {
 };
 
 UVAS_API int uvas_space_open(const struct uvas_space_options *options, uvas_id *out);
-/* Releases what is left in it and forgets it. -EBUSY, before anything is released, while a lease lives in it. */
+/* Releases what is left in it and forgets it. -EBUSY, before anything is released, while a lease lives in it or an arena takes reservations of it. */
 UVAS_API int uvas_space_close(uvas_id space);
 UVAS_API int uvas_space_stats(uvas_id space, struct uvas_space_stats *out);
 
@@ -246,11 +246,11 @@ UVAS_API int uvas_retire(uvas_id reservation);
 enum uvas_commit_flags { UVAS_POPULATE = 1 };
 
 /* Memory behind [offset, offset + size) of the reservation, page-aligned, on every party. What is committed already keeps its contents and
- * gets the protection. */
+ * gets the protection. -EBUSY where an arena lives, unless its addresses are bare. */
 UVAS_API int uvas_commit(uvas_id reservation, size_t offset, size_t size, uint32_t protection, uint32_t flags);
 /* Gives the memory back and keeps the addresses. What is not committed is passed over. */
 UVAS_API int uvas_decommit(uvas_id reservation, size_t offset, size_t size);
-/* All of the range is committed, else -EINVAL. */
+/* All of the range is committed, else -EINVAL. Also where an arena lives, which touches its memory only to zero, poison or move it. */
 UVAS_API int uvas_protect(uvas_id reservation, size_t offset, size_t size, uint32_t protection);
 
 enum uvas_sharing { UVAS_PRIVATE = 0, UVAS_SHARED = 1 };
@@ -423,7 +423,7 @@ enum uvas_arena_pages { /* what the memory is made of */
 struct uvas_arena_options {
     const char *name;    /* at most 63 bytes are kept; NULL: "arena" */
     uvas_id space;       /* it takes reservations from this space as it needs them, or, if 0, */
-    uvas_id reservation; /* it lives in this one, which the caller made, and never grows. Nothing else may be committed in it */
+    uvas_id reservation; /* it lives in this one, which the caller made, and never grows. Nobody else commits in it, unless BARE */
     uint32_t flags;      /* enum uvas_arena_flags */
     uint32_t pages;      /* enum uvas_arena_pages */
     uint32_t node;       /* with UVAS_ARENA_BIND */
@@ -431,7 +431,7 @@ struct uvas_arena_options {
     size_t limit;        /* bytes that large blocks and slabs take, at most, rounded down to pages; 0: no limit */
     uint64_t idle_ns;    /* memory that nothing has used for so long is given back by a thread that takes or returns pages; 0: ten seconds; UINT64_MAX: never */
     /* Asked, with no lock held, before a call fails with -ENOMEM, -ENOSPC or -EDQUOT: it may free blocks, and answers 1 to have the call tried
-     * once more. NULL: nobody is asked. */
+     * once more. Nobody is asked on behalf of what it allocates here itself. NULL: nobody is asked. */
     int (*exhausted)(void *context, size_t size);
     void *context;
 };
@@ -480,7 +480,8 @@ UVAS_API int uvas_alloc_zeroed_try(uvas_id arena, size_t size, size_t align, uin
 /* The block with another size, in place where it can be, else moved (contents copied up to the smaller size). On failure it is as it was. */
 UVAS_API int uvas_realloc(uvas_id arena, uintptr_t address, size_t size, uintptr_t *out);
 /* -EINVAL, and nothing happens, where `address` is not the base of a live block of this arena: freed already, or never allocated. (Two frees of one
- * block at the very same time: one of them answers -EINVAL, or both 0 where one is by the thread that allocated it; the block is free once. What cannot
+ * block at the very same time: one of them answers -EINVAL, or both 0 where one is by the thread that owns the slab, which the allocating one does
+ * until it ends; the block is free once. What cannot
  * be told is a second free that comes when the block has been handed out again.) In a forked child the blocks of the parent's arenas are left alone, and the answer is 0. */
 UVAS_API int uvas_free(uvas_id arena, uintptr_t address);
 /* As uvas_free, under the conditions of uvas_alloc_try. */

@@ -132,9 +132,12 @@ SLOW static int alloc_any(uvas_id id, size_t size, size_t align, unsigned how, u
         uvas_idle_see_to(heap, true);
     }
     rc = try_alloc(heap, &ask, out);
-    if ((rc == -ENOMEM || rc == -ENOSPC || rc == -EDQUOT) && heap->arena->exhausted) {
+    if ((rc == -ENOMEM || rc == -ENOSPC || rc == -EDQUOT) && heap->arena->exhausted && !heap->asking) {
         struct uvas_failure said = *uvas_last_failure();
-        if (heap->arena->exhausted(heap->arena->context, size) == 1) {
+        heap->asking = true;
+        int answer = heap->arena->exhausted(heap->arena->context, size);
+        heap->asking = false;
+        if (answer == 1) {
             return try_alloc(heap, &ask, out);
         }
         *uvas_fail(said.kind, said.code) = said;

@@ -105,6 +105,7 @@ static void describe(struct uvas_arena *arena, const struct uvas_arena_options *
     }
     (void)snprintf(arena->name, sizeof arena->name, "%s", options->name ? options->name : "arena");
     arena->space = options->space;
+    arena->tenant.name = arena->name;
     arena->flags = options->flags;
     arena->pages = options->pages;
     arena->node = options->node;
@@ -128,13 +129,6 @@ static int settle_in(struct uvas_arena *arena, uvas_id reservation) {
     }
     uvas_registry_unlock();
     return size ? uvas_arena_add_region(arena, reservation, base, size, false) : uvas_fail_released("reservation", reservation);
-}
-
-static int known_space(uvas_id space) {
-    uvas_registry_lock();
-    bool known = uvas_slots_get(&uvas_space_slots, space) != NULL;
-    uvas_registry_unlock();
-    return known ? 0 : uvas_fail_released("space", space);
 }
 
 /* Nothing of the arena is in use any more: it can be another one. */
@@ -164,7 +158,6 @@ static void end(struct uvas_arena *arena) {
 int uvas_arena_open(const struct uvas_arena_options *options, uvas_id *out) {
     int rc = uvas_core_ready();
     rc = rc == 0 ? sound(options) : rc;
-    rc = rc == 0 && options->space ? known_space(options->space) : rc;
     if (rc < 0) {
         return rc;
     }
@@ -184,7 +177,7 @@ int uvas_arena_open(const struct uvas_arena_options *options, uvas_id *out) {
     uvas_id id = uvas_slots_name(&entries, &entry->slot);
     uvas_registry_unlock();
     arena->id = id; /* nobody knows it yet */
-    rc = options->reservation ? settle_in(arena, options->reservation) : 0;
+    rc = options->reservation ? settle_in(arena, options->reservation) : uvas_space_let(arena->space, &arena->tenant);
     if (rc < 0) {
         uvas_registry_lock();
         uvas_slots_give(&entries, &entry->slot);
@@ -282,6 +275,9 @@ int uvas_arena_close(uvas_id id) {
     for (uint32_t i = 0; i < count; i++) {
         int dropped = uvas_arena_drop_region(arena, atomic_load_explicit(&arena->regions[i], memory_order_relaxed));
         rc = dropped < 0 ? dropped : rc;
+    }
+    if (arena->space) {
+        uvas_space_leave_tenant(arena->space, &arena->tenant);
     }
     end(arena);
     return rc;

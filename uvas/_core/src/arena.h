@@ -39,6 +39,7 @@
 #include <stdbool.h>
 
 #include "slots.h"
+#include "space.h"
 #include "uvas.h"
 
 #pragma GCC visibility push(hidden) /* said of each variable, so that it is found without a table */
@@ -273,6 +274,7 @@ struct uvas_heap {
     uint64_t large_blocks, large_bytes;  /* allocated, ever */
     size_t kept_bytes;
     uint32_t visits; /* of slower ways */
+    bool asking; /* its thread is in the arena's callback, which is not called for what it allocates itself; that thread's alone */
     bool due; /* some memory has been idle for long, and who noticed might not wait */
     uint32_t kept_next; /* where the next kept run goes */
     size_t kept_sizes[UVAS_KEPT_RUNS]; /* 0: none is kept there */
@@ -285,6 +287,7 @@ struct uvas_arena {
     uvas_id id;
     char name[64];
     uvas_id space; /* 0: it does not grow */
+    struct uvas_tenant tenant; /* in that space's list */
     uint32_t flags, pages, node;
     size_t growth, limit;
     uint64_t idle_ns;

@@ -222,7 +222,7 @@ static int inspect_reservation(uvas_id id, struct report *report) {
         record = uvas_slots_get(&uvas_record_slots, id);
         size = record && record->state == UVAS_LIVE ? record->size : 0;
         uvas_registry_unlock();
-        record = size ? uvas_change_begin(id, 0, size, true, &change, &rc) : NULL;
+        record = size ? uvas_change_begin(id, 0, size, UVAS_BESIDE_ALL, &change, &rc) : NULL;
         if (!record) {
             return 0; /* released meanwhile: nothing to say about it */
         }

@@ -56,7 +56,7 @@ static bool widened(struct uvas_record *record, int *rc) {
     return true;
 }
 
-struct uvas_record *uvas_change_begin(uvas_id id, size_t offset, size_t size, bool under_lease, struct uvas_change *change, int *rc) {
+struct uvas_record *uvas_change_begin(uvas_id id, size_t offset, size_t size, enum uvas_tolerance beside, struct uvas_change *change, int *rc) {
     struct uvas_record *record = NULL;
     *rc = uvas_core_ready();
     uvas_registry_lock();
@@ -70,8 +70,9 @@ struct uvas_record *uvas_change_begin(uvas_id id, size_t offset, size_t size, bo
             uvas_registry_wait();
         } else if (!widened(record, rc)) {
             uvas_leases_drain();
-            if (!under_lease && uvas_leases_overlap(record, offset, offset + size)) {
-                *rc = uvas_leases_busy(record->base + offset, size);
+            if ((beside == UVAS_BESIDE_NOBODY && uvas_leases_overlap(record, offset, offset + size)) ||
+                (beside == UVAS_BESIDE_ARRAYS && record->arena_alone)) {
+                *rc = uvas_leases_busy(record, offset, size);
                 break;
             }
             *change = (struct uvas_change){.start = offset, .end = offset + size, .next = record->changes};

@@ -19,9 +19,14 @@
 
 /* -- change.c -- */
 
-/* Pins a live reservation and marks a part of it; waits for changes that overlap. under_lease: whoever uses the memory is the caller's to know. NULL:
- * said. The lock is free before and after. */
-struct uvas_record *uvas_change_begin(uvas_id id, size_t offset, size_t size, bool under_lease, struct uvas_change *change, int *rc);
+enum uvas_tolerance { /* beside whom a change may happen */
+    UVAS_BESIDE_NOBODY, /* it takes memory away: no lease there */
+    UVAS_BESIDE_ARRAYS, /* it brings memory: any lease, but no arena that alone commits there, which believes that fresh pages are zero */
+    UVAS_BESIDE_ALL,    /* who uses the memory is the caller's to know */
+};
+
+/* Pins a live reservation and marks a part of it; waits for changes that overlap. NULL: said. The lock is free before and after. */
+struct uvas_record *uvas_change_begin(uvas_id id, size_t offset, size_t size, enum uvas_tolerance beside, struct uvas_change *change, int *rc);
 void uvas_change_end(struct uvas_record *record, struct uvas_change *change); /* under the lock */
 
 struct uvas_plan {

@@ -153,7 +153,8 @@ static int commit_all(struct uvas_plan *plan, struct uvas_piece_entry *become, u
 typedef int part_becomes(struct uvas_plan *plan, const struct uvas_piece_entry *was, uint32_t protection, struct uvas_piece_entry *is);
 
 /* The whole of a verb that gives every part of a range memory, or a protection. */
-static inline int change_all(uvas_id reservation, size_t offset, size_t size, uint32_t protection, uint32_t flags, part_becomes *becomes) {
+static inline int change_all(uvas_id reservation, size_t offset, size_t size, uint32_t protection, uint32_t flags, enum uvas_tolerance beside,
+                             part_becomes *becomes) {
     struct uvas_change change;
     struct uvas_plan plan;
     bool poisoned = false;
@@ -161,7 +162,7 @@ static inline int change_all(uvas_id reservation, size_t offset, size_t size, ui
     if (protection & ~(uint32_t)UVAS_PROTECTIONS) {
         return uvas_fail_invalid("0x%x is no protection", protection);
     }
-    struct uvas_record *record = uvas_change_begin(reservation, offset, size, true, &change, &rc);
+    struct uvas_record *record = uvas_change_begin(reservation, offset, size, beside, &change, &rc);
     if (!record) {
         return rc;
     }
@@ -201,7 +202,11 @@ static int committed(struct uvas_plan *plan, const struct uvas_piece_entry *was,
 }
 
 int uvas_commit(uvas_id reservation, size_t offset, size_t size, uint32_t protection, uint32_t flags) {
-    return change_all(reservation, offset, size, protection, flags, committed);
+    return change_all(reservation, offset, size, protection, flags, UVAS_BESIDE_ARRAYS, committed);
+}
+
+int uvas_commit_leased(uvas_id reservation, size_t offset, size_t size) {
+    return change_all(reservation, offset, size, UVAS_READ | UVAS_WRITE, 0, UVAS_BESIDE_ALL, committed);
 }
 
 static int protected(struct uvas_plan *plan, const struct uvas_piece_entry *was, uint32_t protection, struct uvas_piece_entry *is) {
@@ -215,7 +220,7 @@ static int protected(struct uvas_plan *plan, const struct uvas_piece_entry *was,
 }
 
 int uvas_protect(uvas_id reservation, size_t offset, size_t size, uint32_t protection) {
-    return change_all(reservation, offset, size, protection, 0, protected);
+    return change_all(reservation, offset, size, protection, 0, UVAS_BESIDE_ALL, protected);
 }
 
 /* ---- what is there ----------------------------------------------------------------------------------------------------------------------------- */

@@ -114,13 +114,13 @@ static bool loses_nothing(const struct uvas_plan *plan) { /* when its mappings a
     return true;
 }
 
-static int decommit(uvas_id reservation, size_t offset, size_t size, bool under_lease) {
+static int decommit(uvas_id reservation, size_t offset, size_t size, enum uvas_tolerance beside) {
     struct uvas_change change;
     struct uvas_plan plan;
     bool poisoned = false;
     size_t devices = 0;
     int rc;
-    struct uvas_record *record = uvas_change_begin(reservation, offset, size, under_lease, &change, &rc);
+    struct uvas_record *record = uvas_change_begin(reservation, offset, size, beside, &change, &rc);
     if (!record) {
         return rc;
     }
@@ -167,11 +167,11 @@ static int decommit(uvas_id reservation, size_t offset, size_t size, bool under_
 }
 
 int uvas_decommit(uvas_id reservation, size_t offset, size_t size) {
-    return decommit(reservation, offset, size, false);
+    return decommit(reservation, offset, size, UVAS_BESIDE_NOBODY);
 }
 
 int uvas_decommit_leased(uvas_id reservation, size_t offset, size_t size) {
-    return decommit(reservation, offset, size, true);
+    return decommit(reservation, offset, size, UVAS_BESIDE_ALL);
 }
 
 /* ---- empty: an arena's memory that nobody uses ------------------------------------------------------------------------------------------------- */
@@ -198,7 +198,7 @@ static int empty(uvas_id reservation, size_t offset, size_t size, bool write) {
     struct uvas_plan plan;
     int rc;
     bool pinned = uvas_party_whole(reservation);
-    struct uvas_record *record = uvas_change_begin(reservation, offset, size, true, &change, &rc);
+    struct uvas_record *record = uvas_change_begin(reservation, offset, size, UVAS_BESIDE_ALL, &change, &rc);
     if (!record) {
         return rc;
     }

@@ -55,7 +55,7 @@ int uvas_arena_add_region(struct uvas_arena *arena, uvas_id reservation, uintptr
     atomic_store_explicit(&region->base, start, memory_order_relaxed);
     atomic_store_explicit(&region->bytes, end - start, memory_order_relaxed);
     int rc = open_huge(arena, region, end - start);
-    rc = rc == 0 ? uvas_lease_region(reservation, !(arena->flags & UVAS_ARENA_BARE), region, &region->lease) : rc;
+    rc = rc == 0 ? uvas_lease_region(reservation, !(arena->flags & UVAS_ARENA_BARE), region, arena->name, &region->lease) : rc;
     if (rc < 0) {
         uvas_vm_close(region->huge);
         uvas_metadata_give(UVAS_METADATA_RUN, hole);

@@ -60,7 +60,7 @@ static bool holds_memory(const struct uvas_pieces *pieces) {
     return i < pieces->count;
 }
 
-static int lease_on(uvas_id id, size_t offset, size_t size, struct uvas_lease *lease, struct uvas_region *region) {
+static int lease_on(uvas_id id, size_t offset, size_t size, struct uvas_lease *lease, struct uvas_region *region, const char *name) {
     struct uvas_record *record;
     struct uvas_change *change;
     do {
@@ -82,6 +82,8 @@ static int lease_on(uvas_id id, size_t offset, size_t size, struct uvas_lease *l
         return uvas_fail_say(uvas_fail(UVAS_FAILURE_BUSY, -EBUSY), "the reservation at 0x%lx is in use: an arena wants one for itself", record->base);
     }
     if (region) {
+        record->arena = name;
+        record->arena_alone = size != 0;
         size = size ? record->size : 0;
         atomic_store_explicit(&record->region, region, memory_order_release);
     } else if (!uvas_pieces_cover(&record->pieces, offset, offset + size)) {
@@ -99,7 +101,7 @@ static int lease_on(uvas_id id, size_t offset, size_t size, struct uvas_lease *l
     return 0;
 }
 
-static int lease_for(uvas_id reservation, size_t offset, size_t size, struct uvas_region *region, uvas_id *out) {
+static int lease_for(uvas_id reservation, size_t offset, size_t size, struct uvas_region *region, const char *name, uvas_id *out) {
     int rc = uvas_core_ready();
     if (rc < 0) {
         return rc;
@@ -112,7 +114,7 @@ static int lease_for(uvas_id reservation, size_t offset, size_t size, struct uva
         uvas_registry_unlock();
         return uvas_fail_memory(0, sizeof *lease, "the host");
     }
-    rc = lease_on(reservation, offset, size, lease, region);
+    rc = lease_on(reservation, offset, size, lease, region, name);
     if (rc == 0) {
         id = uvas_slots_name(&uvas_lease_slots, &lease->slot);
     } else {
@@ -126,13 +128,13 @@ static int lease_for(uvas_id reservation, size_t offset, size_t size, struct uva
 }
 
 int uvas_lease(uvas_id reservation, size_t offset, size_t size, uvas_id *out) {
-    return lease_for(reservation, offset, size, NULL, out);
+    return lease_for(reservation, offset, size, NULL, NULL, out);
 }
 
 /* ---- an arena's ---------------------------------------------------------------------------------------------------------------------------------- */
 
-int uvas_lease_region(uvas_id reservation, bool all, struct uvas_region *region, uvas_id *out) {
-    return lease_for(reservation, 0, all ? 1 : 0, region, out); /* an empty lease keeps the reservation, and nothing in it */
+int uvas_lease_region(uvas_id reservation, bool all, struct uvas_region *region, const char *name, uvas_id *out) {
+    return lease_for(reservation, 0, all ? 1 : 0, region, name, out); /* an empty lease keeps the reservation, and nothing in it */
 }
 
 void uvas_unlease_region(uvas_id reservation, uvas_id lease) {
@@ -140,6 +142,8 @@ void uvas_unlease_region(uvas_id reservation, uvas_id lease) {
     struct uvas_record *record = uvas_slots_get(&uvas_record_slots, reservation);
     if (record) {
         atomic_store_explicit(&record->region, NULL, memory_order_release);
+        record->arena = NULL;
+        record->arena_alone = false;
     }
     uvas_registry_unlock();
     (void)uvas_unlease(lease);
@@ -162,9 +166,13 @@ bool uvas_reservation_moves(uvas_id reservation) {
     return moves;
 }
 
-int uvas_leases_busy(uintptr_t base, size_t size) {
+int uvas_leases_busy(const struct uvas_record *record, size_t offset, size_t size) {
     struct uvas_failure *failure = uvas_fail(UVAS_FAILURE_BUSY, -EBUSY);
+    uintptr_t base = record->base + offset;
     failure->base = base;
     failure->size = size;
+    if (record->arena) {
+        return uvas_fail_say(failure, "[0x%lx, 0x%lx) is in use: arena %s lives there, and is closed first", base, base + size, record->arena);
+    }
     return uvas_fail_say(failure, "[0x%lx, 0x%lx) is in use by arrays or calls: their leases end first", base, base + size);
 }

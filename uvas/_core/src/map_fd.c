@@ -86,7 +86,7 @@ static void let_go(struct uvas_file *file) {
     uvas_files_close();
 }
 
-static int map_descriptor(uvas_id reservation, const struct uvas_mapping *mapping, bool under_lease) {
+static int map_descriptor(uvas_id reservation, const struct uvas_mapping *mapping, enum uvas_tolerance beside) {
     struct uvas_change change;
     struct uvas_plan plan = {0};
     bool poisoned = false;
@@ -99,7 +99,7 @@ static int map_descriptor(uvas_id reservation, const struct uvas_mapping *mappin
         return rc;
     }
     size_t unit = file->id.block_size, size = mapping->size > SIZE_MAX - unit ? mapping->size : (mapping->size + unit - 1) & ~(unit - 1);
-    struct uvas_record *record = uvas_change_begin(reservation, mapping->offset, size, under_lease, &change, &rc);
+    struct uvas_record *record = uvas_change_begin(reservation, mapping->offset, size, beside, &change, &rc);
     if (!record) {
         let_go(file);
         return rc;
@@ -142,9 +142,9 @@ static int map_descriptor(uvas_id reservation, const struct uvas_mapping *mappin
 }
 
 int uvas_map_fd(uvas_id reservation, const struct uvas_mapping *mapping) {
-    return map_descriptor(reservation, mapping, false);
+    return map_descriptor(reservation, mapping, UVAS_BESIDE_NOBODY);
 }
 
 int uvas_map_fd_leased(uvas_id reservation, const struct uvas_mapping *mapping) {
-    return map_descriptor(reservation, mapping, true);
+    return map_descriptor(reservation, mapping, UVAS_BESIDE_ALL);
 }

@@ -167,7 +167,7 @@ static struct uvas_record *begin_release(uvas_id id, bool retire, int *rc) {
         }
         if (record->leases) {
             record->retired |= retire;
-            *rc = uvas_leases_busy(record->base, record->size);
+            *rc = uvas_leases_busy(record, 0, record->size);
             return NULL;
         }
         if (!record->space->exclusive) {

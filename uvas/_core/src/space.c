@@ -90,6 +90,10 @@ int uvas_space_open(const struct uvas_space_options *options, uvas_id *out) {
 
 /* Under the lock; the space is exclusive. */
 static int leased(struct uvas_space *space) {
+    if (space->tenants) {
+        return uvas_fail_say(uvas_fail(UVAS_FAILURE_BUSY, -EBUSY), "space %s cannot close: arena %s takes its addresses of it, and is closed first",
+                             space->name, space->tenants->name);
+    }
     uvas_leases_drain();
     for (struct uvas_record *record = space->records; record; record = record->next) {
         if (record->leases) {
@@ -153,6 +157,34 @@ int uvas_space_close(uvas_id id) {
     }
     uvas_quarantine_sweep();
     return rc;
+}
+
+int uvas_space_let(uvas_id id, struct uvas_tenant *tenant) {
+    uvas_registry_lock();
+    struct uvas_space *space = uvas_slots_get(&uvas_space_slots, id);
+    bool open = space && !space->closing;
+    if (open) {
+        tenant->previous = NULL;
+        tenant->next = space->tenants;
+        if (space->tenants) {
+            space->tenants->previous = tenant;
+        }
+        space->tenants = tenant;
+    }
+    uvas_registry_unlock();
+    return open ? 0 : uvas_fail_released("space", id);
+}
+
+void uvas_space_leave_tenant(uvas_id id, struct uvas_tenant *tenant) {
+    uvas_registry_lock();
+    struct uvas_space *space = uvas_slots_get(&uvas_space_slots, id);
+    if (space) {
+        *(tenant->previous ? &tenant->previous->next : &space->tenants) = tenant->next;
+        if (tenant->next) {
+            tenant->next->previous = tenant->previous;
+        }
+    }
+    uvas_registry_unlock();
 }
 
 int uvas_space_stats(uvas_id id, struct uvas_space_stats *out) {

@@ -64,6 +64,11 @@ struct uvas_lease {
     struct uvas_lease *ended_next;      /* in the stack of ended ones; written by the one thread that ended it */
 };
 
+struct uvas_tenant { /* an arena that takes reservations of a space as it grows; the space stays as long as it is listed. Under the lock */
+    const char *name;
+    struct uvas_tenant *next, *previous; /* in space->tenants */
+};
+
 struct uvas_record { /* a reservation or an adoption */
     struct uvas_slot slot;
     uvas_id id; /* as slot.id while live; stays readable while it is quarantined or poisoned */
@@ -85,6 +90,8 @@ struct uvas_record { /* a reservation or an adoption */
     uint32_t room_wanted; /* entries that operations at work may yet add to pieces */
     struct uvas_file *file; /* the backing memfd, once there is one */
     _Atomic(struct uvas_region *) region; /* an arena's, or NULL. Written under the lock, read by anyone: regions are never freed */
+    const char *arena; /* its name, or NULL */
+    bool arena_alone;  /* which alone commits in it */
     struct uvas_mirror *mirror; /* NULL: no private device sees it. Made before it lives, or while the space is exclusive */
     struct uvas_record *next, *previous; /* in space->records, or in the quarantine */
     char name[UVAS_NAME_BYTES];
@@ -118,6 +125,7 @@ struct uvas_space {
     uint32_t party_count;
     struct uvas_domain *domain; /* of its private devices, or NULL; written while it is exclusive */
     struct uvas_record *records;
+    struct uvas_tenant *tenants;
     struct uvas_recent recent;
     struct uvas_space_stats stats;
     struct uvas_space *next, *previous; /* in the list of all */
@@ -139,6 +147,10 @@ struct uvas_space *uvas_space_enter_alone(uvas_id id);
 void uvas_space_leave_alone(struct uvas_space *space);
 
 /* -- space.c -- */
+
+/* An arena comes, which the space then outlives, and goes; takes the lock. 0, or it is said that the space is closed. */
+int uvas_space_let(uvas_id id, struct uvas_tenant *tenant);
+void uvas_space_leave_tenant(uvas_id id, struct uvas_tenant *tenant);
 
 /* Who holds an entry of the registry, for a message. Takes the lock. */
 struct uvas_obstacle uvas_describe_entry(const struct uvas_entry *entry);
@@ -202,7 +214,7 @@ void uvas_quarantine_sweep(void); /* tries again to give back what the kernel wo
 uint64_t uvas_quarantine_bytes(void); /* under the lock */
 void uvas_quarantine_forget(void); /* the child of a fork; under the lock */
 
-/* -- decommit.c and map_fd.c: for arenas -- */
+/* -- commit.c, decommit.c and map_fd.c: for arenas -- */
 
 /* decommit and map_fd for who holds the lease himself, and sees to it that nobody uses the memory. */
 int uvas_decommit_leased(uvas_id reservation, size_t offset, size_t size);
@@ -211,12 +223,14 @@ int uvas_empty_leased(uvas_id reservation, size_t offset, size_t size);
 /* The same where it may be written over instead: pages that a device has registered do not go. */
 int uvas_zero_leased(uvas_id reservation, size_t offset, size_t size);
 int uvas_map_fd_leased(uvas_id reservation, const struct uvas_mapping *mapping);
+/* commit for the arena that alone commits there: memory to be read and written. */
+int uvas_commit_leased(uvas_id reservation, size_t offset, size_t size);
 
 /* -- lease.c -- */
 
 /* An arena's: the reservation, on which nobody else has a lease and in which nothing is committed, stays until it ends. all: nobody else works in
- * it either. uvas_find_allocation finds the region by it. */
-int uvas_lease_region(uvas_id reservation, bool all, struct uvas_region *region, uvas_id *out);
+ * it either. uvas_find_allocation finds the region by it. `name` lives as long as the lease. */
+int uvas_lease_region(uvas_id reservation, bool all, struct uvas_region *region, const char *name, uvas_id *out);
 void uvas_unlease_region(uvas_id reservation, uvas_id lease);
 bool uvas_reservation_moves(uvas_id reservation); /* a device with memory of its own sees it. Takes the lock */
 /* The arena's region that holds an address, or NULL. No lock. */
@@ -225,6 +239,7 @@ struct uvas_region *uvas_region_at(uintptr_t address);
 void uvas_leases_drain(void); /* under the lock: takes off those that have ended */
 void uvas_leases_forget(void); /* the child of a fork; under the lock */
 bool uvas_leases_overlap(const struct uvas_record *record, size_t start, size_t end); /* under the lock, drained */
-int uvas_leases_busy(uintptr_t base, size_t size); /* says that leases stand in the way: -EBUSY */
+/* Says that leases stand in the way: -EBUSY. Under the lock. */
+int uvas_leases_busy(const struct uvas_record *record, size_t offset, size_t size);
 
 #endif

@@ -31,7 +31,7 @@ static int commit_memory(const struct uvas_region *region, uintptr_t base, uintp
     while (rc == 0 && at < until) {
         uintptr_t next = (at / UVAS_SPAN + 1) * UVAS_SPAN;
         next = !whole || next > until ? until : next;
-        rc = uvas_commit(region->reservation, at - region->reservation_base, next - at, UVAS_READ | UVAS_WRITE, 0);
+        rc = uvas_commit_leased(region->reservation, at - region->reservation_base, next - at);
         at = rc == 0 ? next : at;
     }
     if (rc < 0 && at > base) {
