@@ -388,7 +388,8 @@ class AddressSpace:
         -------
         numpy.ndarray
             A word for each page of the host that the range touches: bits of `PageFlag`, the bit of each device by its
-            place in `devices`. 0: nowhere; it reads as zeros.
+            place in `devices`. 0: nowhere; it reads as zeros. A descriptor that is mapped (`map_fd`) is always on the
+            host.
 
         Raises
         ------

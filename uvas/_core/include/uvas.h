@@ -336,8 +336,9 @@ enum uvas_page { /* where a page is: the host, private devices (bits 1 to 27: uv
 };
 #define UVAS_PAGE_PROTECTED 0x80000000u /* by uvas_protect: no access */
 
-/* A word of enum uvas_page for each page of the host from `offset` on, without a fault; 0: nowhere, or not committed. Offset and size are whole pages;
- * *out has room for size / page words. */
+/* A word of enum uvas_page for each page of the host from `offset` on, without a fault; 0: nowhere (it reads as zeros), or not committed. Memory that
+ * all share is on the host once anybody has written there; what maps a descriptor is always. Offset and size are whole pages; *out has room for
+ * size / page words. */
 UVAS_API int uvas_where(uvas_id reservation, size_t offset, size_t size, uint32_t *out);
 /* The bit of a device in those words; 0: it has no memory of its own. */
 UVAS_API int uvas_page_bit(uvas_id space, uvas_id device, uint32_t *out);
