@@ -258,7 +258,7 @@ def test_a_fault_that_waits_for_long_is_named(capfd: pytest.CaptureFixture[str])
             while "\n" not in said and time.monotonic() < end:
                 time.sleep(0.1)
                 said += capfd.readouterr().err
-        assert re.fullmatch(rf"uvas: thread \d+ of own has waited for 1\d s for the page at {held.base:#x}: .*\n", said)
+        assert re.fullmatch(rf"uvas: thread \d+ of own has waited for 1\d s for the page at {held.base:#x}: pin_host has it .*\n", said)
         assert reading.result(PATIENCE_S) == bytes(8)
 
 

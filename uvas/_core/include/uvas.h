@@ -350,7 +350,7 @@ struct uvas_pin { /* the caller's memory, from pin to unpin; nothing in it is fo
     uint64_t private_[8];
 };
 
-/* The range comes home and stays: devices that want it wait. It cannot be released meanwhile. */
+/* The range comes home and stays: devices that want it wait. It cannot be released meanwhile. Where it fails, *pin is as it was. */
 UVAS_API int uvas_pin_host(uvas_id reservation, size_t offset, size_t size, struct uvas_pin *pin);
 UVAS_API int uvas_unpin_host(struct uvas_pin *pin);
 

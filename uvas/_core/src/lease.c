@@ -166,5 +166,5 @@ int uvas_leases_busy(uintptr_t base, size_t size) {
     struct uvas_failure *failure = uvas_fail(UVAS_FAILURE_BUSY, -EBUSY);
     failure->base = base;
     failure->size = size;
-    return uvas_fail_say(failure, "[0x%lx, 0x%lx) is in use by arrays or calls: their leases end first", base, base + size);
+    return uvas_fail_say(failure, "[0x%lx, 0x%lx) is in use by arrays, calls or pin_host: their leases end first", base, base + size);
 }

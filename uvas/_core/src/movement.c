@@ -341,37 +341,36 @@ _Static_assert(sizeof(struct pin) <= sizeof(struct uvas_pin), "what is public ha
 
 #define PIN_TRIES 100 /* a device may take it again before it is pinned */
 
+static int pin_moving(struct uvas_record *record, size_t offset, size_t size, struct pin *held) {
+    struct granules range = widened(record, offset, size);
+    struct uvas_errand pinning = {.kind = UVAS_ASK_PIN, .mirror = record->mirror, .stretch = &held->stretch, .first = range.first, .end = range.end};
+    int rc = -EAGAIN;
+    for (int tries = 0; rc == -EAGAIN && tries < PIN_TRIES; tries++) {
+        rc = prefetch(record, offset, size, 0, false, NULL);
+        rc = rc < 0 ? rc : uvas_ask(&pinning);
+    }
+    return rc == -EAGAIN ? uvas_fail_system(record->base + offset, size, "pinning: devices take it again and again", -EBUSY) : rc;
+}
+
 int uvas_pin_host(uvas_id reservation, size_t offset, size_t size, struct uvas_pin *out) {
-    struct pin pin = {.lease = 0};
-    int rc = uvas_lease(reservation, offset, size, &pin.lease);
+    struct pin *held = (struct pin *)out; /* not written unless it is pinned */
+    uvas_id lease = 0;
+    int rc = uvas_lease(reservation, offset, size, &lease);
     struct uvas_record *record = rc < 0 ? NULL : pin_record(reservation, offset, size, &rc);
-    memset(out, 0, sizeof *out);
     if (!record) {
-        (void)uvas_unlease(pin.lease);
+        (void)uvas_unlease(lease);
         return rc;
     }
-    *(struct pin *)out = pin;
-    struct pin *held = (struct pin *)out;
-    rc = -EAGAIN;
-    if (record->mirror) {
-        struct granules range = widened(record, offset, size);
-        held->reservation = reservation;
-        held->stretch = (struct uvas_stretch){.first = range.first, .end = range.end};
-        struct uvas_errand pinning = {.kind = UVAS_ASK_PIN, .mirror = record->mirror, .stretch = &held->stretch};
-        for (int tries = 0; rc == -EAGAIN && tries < PIN_TRIES; tries++) {
-            rc = prefetch(record, offset, size, 0, false, NULL);
-            rc = rc < 0 ? rc : uvas_ask(&pinning);
-        }
-        rc = rc == -EAGAIN ? uvas_fail_system(record->base + offset, size, "pinning: devices take it again and again", -EBUSY) : rc;
-    } else {
-        rc = 0;
-    }
+    bool moves = record->mirror != NULL;
+    rc = moves ? pin_moving(record, offset, size, held) : 0;
     unpin_record(record);
     if (rc < 0) {
-        (void)uvas_unlease(pin.lease);
-        memset(out, 0, sizeof *out);
+        (void)uvas_unlease(lease);
+        return rc;
     }
-    return rc;
+    held->lease = lease;
+    held->reservation = moves ? reservation : 0;
+    return 0;
 }
 
 int uvas_unpin_host(struct uvas_pin *out) {
