@@ -409,7 +409,7 @@ static void death_at_each_call(void) {
 
 /* ---- what a failed punch leaves ---------------------------------------------------------------------------------------------------------- */
 
-/* Calls that it makes; the k-th fails. It is done in the end. */
+/* How many calls it makes; the k-th fails. It is done in the end. */
 static uint64_t done_in_spite(const struct scene *scene, uint64_t k, int (*verb)(const struct scene *)) {
     fail_from(k, EIO, false);
     int rc = verb(scene);
@@ -425,29 +425,35 @@ static int third_goes(const struct scene *scene) { return uvas_decommit(scene->h
 static int third_comes(const struct scene *scene) { return uvas_commit(scene->held.id, 2 * GRANULE, GRANULE, UVAS_READ | UVAS_WRITE, 0); }
 
 /* A device's old bytes stay in its file where decommit and the next commit cannot punch: never what it sees. */
-static void old_bytes_are_not_seen(void) {
+static void old_bytes_under(bool zeros) {
     struct scene scene;
     scene_open(&scene, GRANULE, PLACES, 1, ROOM);
-    uint64_t going = 1, coming = 1;
+    put(&scene, 1, 2);
+    uint64_t going = done_in_spite(&scene, UINT64_MAX, third_goes), coming = done_in_spite(&scene, UINT64_MAX, third_comes);
     for (uint64_t k = 1; k <= going; k++) {
         for (uint64_t j = 1; j <= coming; j++) {
             step("old bytes: call %lu of decommit, call %lu of commit", k, j);
             put(&scene, 1, 2);
-            going = done_in_spite(&scene, k, third_goes);
-            coming = done_in_spite(&scene, j, third_comes);
+            (void)done_in_spite(&scene, k, third_goes);
+            (void)done_in_spite(&scene, j, third_comes);
             forgotten(&scene, 2, 3);
-            if ((k + j) % 3 == 0) {
-                see(&scene, 1, 2); /* zeros */
+            if (zeros) {
+                see(&scene, 1, 2);
+            } else {
+                put(&scene, 0, 2);
             }
-            put(&scene, 0, 2);
             CHECK_OK(uvas_prefetch(scene.held.id, 2 * GRANULE, GRANULE, scene.devices[1], NULL));
-            must_be(&scene, 2, FIRST);
             see(&scene, 1, 2);
             see(&scene, 0, 2);
         }
     }
     all_is_well(&scene);
     scene_close(&scene);
+}
+
+static void old_bytes_are_not_seen(void) {
+    old_bytes_under(true);
+    old_bytes_under(false);
 }
 
 int main(int count, char **arguments) {
