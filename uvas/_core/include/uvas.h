@@ -322,7 +322,8 @@ UVAS_API int uvas_prefetch(uvas_id reservation, size_t offset, size_t size, uvas
 enum uvas_advice {
     UVAS_ADVISE_NOTHING = 0,      /* takes all advice back */
     UVAS_ADVISE_READ_MOSTLY = 1,  /* a prefetch copies and takes nothing away */
-    UVAS_ADVISE_PREFERRED = 2,    /* the device keeps it as long as others can be evicted; takes the place of ACCESSED_BY. 0, the host: only that */
+    UVAS_ADVISE_PREFERRED = 2,    /* the device keeps it as long as others can be evicted; takes the place of ACCESSED_BY. 0, the host: only the latter,
+                                     nothing stays or comes home for it */
     UVAS_ADVISE_ACCESSED_BY = 3,  /* the device keeps a copy when it is prefetched elsewhere; passed over where a device is preferred */
 };
 
