@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "failure.h"
+#include "limits.h"
 #include "mirrors.h"
 #include "vm.h"
 
@@ -295,7 +296,9 @@ int uvas_where(uvas_id reservation, size_t offset, size_t size, uint32_t *out) {
     rc = pages < 0 ? pages : where_all(record, pages, offset, size, out);
     uvas_vm_close(pages);
     unpin_record(record);
-    return rc < 0 ? uvas_fail_system(0, 0, "asking the kernel which pages are there", rc) : 0;
+    return rc == -EMFILE || rc == -ENFILE ? uvas_limits_descriptors(0, 0, rc)
+           : rc < 0                       ? uvas_fail_system(0, 0, "asking the kernel which pages are there", rc)
+                                          : 0;
 }
 
 int uvas_page_bit(uvas_id space_id, uvas_id device, uint32_t *out) {
