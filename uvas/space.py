@@ -369,7 +369,9 @@ class AddressSpace:
         advice
             "read_mostly": a prefetch copies and takes nothing away. "preferred_location": the device keeps it as long
             as something else can be evicted. "accessed_by": the device keeps a copy when it is prefetched elsewhere;
-            passed over where a device is preferred, and forgotten when a location is. None: takes all advice back.
+            passed over where a device is preferred, and forgotten when a location is. "preferred_location" of "host"
+            does no more than that: it takes back what devices were advised, and devices that touch the memory still
+            get it. None: takes all advice back.
         device
             That the advice is of, or "host": for "preferred_location" and "accessed_by".
 
@@ -389,7 +391,8 @@ class AddressSpace:
         -------
         numpy.ndarray
             A word for each page of the host that the range touches: bits of `PageFlag`, the bit of each device by its
-            place in `devices`. 0: nowhere; it reads as zeros.
+            place in `devices`. 0: nowhere; it reads as zeros. A descriptor that is mapped (`map_fd`) is always on the
+            host.
 
         Raises
         ------

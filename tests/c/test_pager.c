@@ -279,6 +279,15 @@ static void who_wants_what_is_pinned_waits(void) {
     CHECK(moved.stayed_count == 1 && moved.stayed[0].base == address_of(&scene, 2) && moved.stayed[0].size == 2 * scene.granule && moved.why == -EBUSY);
     must_be(&scene, 2, HOST);
     CHECK(uvas_decommit(scene.held.id, 2 * scene.granule, scene.granule) == -EBUSY && uvas_release(scene.held.id) == -EBUSY);
+    CHECK(strstr(uvas_last_failure()->text, "pin_host"));
+    step("a pin that fails leaves what it was given");
+    struct uvas_pin untouched, other;
+    memset(&untouched, 0x5a, sizeof untouched);
+    other = untouched;
+    CHECK_OK(uvas_protect(scene.held.id, 6 * scene.granule, scene.granule, UVAS_NONE));
+    CHECK(uvas_pin_host(scene.held.id, 6 * scene.granule, scene.granule, &other) == -EINVAL && memcmp(&other, &untouched, sizeof other) == 0);
+    CHECK(uvas_pin_host(scene.held.id, scene.held.size, 1, &other) == -EINVAL && memcmp(&other, &untouched, sizeof other) == 0);
+    CHECK_OK(uvas_protect(scene.held.id, 6 * scene.granule, scene.granule, UVAS_READ | UVAS_WRITE));
     step("it gets it when it is pinned no more");
     CHECK_OK(uvas_unpin_host(&pin));
     CHECK(uvas_unpin_host(&pin) == -EINVAL);

@@ -407,12 +407,62 @@ static void death_at_each_call(void) {
     }
 }
 
+/* ---- what a failed punch leaves ---------------------------------------------------------------------------------------------------------- */
+
+/* How many calls it makes; the k-th fails. It is done in the end. */
+static uint64_t done_in_spite(const struct scene *scene, uint64_t k, int (*verb)(const struct scene *)) {
+    fail_from(k, EIO, false);
+    int rc = verb(scene);
+    uint64_t calls = uvas_test_calls();
+    (void)fail_no_more(0);
+    if (rc < 0) {
+        CHECK_OK(verb(scene));
+    }
+    return calls;
+}
+
+static int third_goes(const struct scene *scene) { return uvas_decommit(scene->held.id, 2 * GRANULE, GRANULE); }
+static int third_comes(const struct scene *scene) { return uvas_commit(scene->held.id, 2 * GRANULE, GRANULE, UVAS_READ | UVAS_WRITE, 0); }
+
+/* A device's old bytes stay in its file where decommit and the next commit cannot punch: never what it sees. */
+static void old_bytes_under(bool zeros) {
+    struct scene scene;
+    scene_open(&scene, GRANULE, PLACES, 1, ROOM);
+    put(&scene, 1, 2);
+    uint64_t going = done_in_spite(&scene, UINT64_MAX, third_goes), coming = done_in_spite(&scene, UINT64_MAX, third_comes);
+    for (uint64_t k = 1; k <= going; k++) {
+        for (uint64_t j = 1; j <= coming; j++) {
+            step("old bytes: call %lu of decommit, call %lu of commit", k, j);
+            put(&scene, 1, 2);
+            (void)done_in_spite(&scene, k, third_goes);
+            (void)done_in_spite(&scene, j, third_comes);
+            forgotten(&scene, 2, 3);
+            if (zeros) {
+                see(&scene, 1, 2);
+            } else {
+                put(&scene, 0, 2);
+            }
+            CHECK_OK(uvas_prefetch(scene.held.id, 2 * GRANULE, GRANULE, scene.devices[1], NULL));
+            see(&scene, 1, 2);
+            see(&scene, 0, 2);
+        }
+    }
+    all_is_well(&scene);
+    scene_close(&scene);
+}
+
+static void old_bytes_are_not_seen(void) {
+    old_bytes_under(true);
+    old_bytes_under(false);
+}
+
 int main(int count, char **arguments) {
     static const struct test tests[] = {
         {"moving_fails_once", moving_fails_once},
         {"moving_fails_for_a_while", moving_fails_for_a_while},
         {"large_moves_fail", large_moves_fail},
         {"life_fails", life_fails},
+        {"old_bytes_are_not_seen", old_bytes_are_not_seen},
         {"death_at_each_call", death_at_each_call},
     };
     return run_with_a_crew(count, arguments, tests, sizeof tests / sizeof *tests);

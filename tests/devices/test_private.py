@@ -5,15 +5,19 @@ Its options, its granule, whose company it can live in, and what it says where t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+import resource
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import machine
 import numpy as np
 import on_device
 import pytest
@@ -245,6 +249,74 @@ def test_it_comes_to_a_space_with_memory_and_goes_again():
         del array
 
 
+# ---- without descriptors ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def descriptors_left(room: int) -> Iterator[None]:
+    """Let this process open so many more, and no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    fillers = [os.dup(1)]  # of the numbers below the highest that are free
+    while fillers[-1] < highest:
+        fillers.append(os.dup(1))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1] + 1 + room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for one in fillers:
+            os.close(one)
+
+
+@pytest.mark.parametrize("verb", ["attach", "reserve", "where"])
+def test_without_a_descriptor_to_be_had_nothing_has_changed(verb: str):
+    with (
+        private(granule=PAGE) as device,
+        uvas.ProcessDevice(name="late", memory="private", granule=PAGE) as late,
+        uvas.AddressSpace([device]) as space,
+        space.reserve(8 * PAGE) as held,
+    ):
+        held.commit()
+        array = held.numpy("u8")
+        device.run(on_device.fill, array, 7)
+
+        def attempt() -> None:
+            if verb == "attach":
+                space.attach(late)
+                space.detach(late)
+            elif verb == "reserve":
+                with space.reserve(4 * PAGE) as other:
+                    other.commit()
+                    space.prefetch(other, device)
+            else:
+                assert (space.where(held) == uvas.PageFlag.device(1)).all()
+
+        attempt()
+        limits, worked, room = [], False, 0
+        while not worked:
+            before, stats = machine.descriptors(), space.stats()
+            with descriptors_left(room):
+                try:
+                    attempt()
+                    worked = True
+                except uvas.LimitReachedError as error:
+                    limits.append(error.limit)
+            assert machine.descriptors() == before
+            assert space.devices == (device,)
+            assert space.stats().reservations == stats.reservations
+            assert space.stats().committed_bytes == stats.committed_bytes
+            assert device.run(on_device.total, array) == 7 * len(array)
+            room += 1
+            assert room < 32
+        assert set(limits) == {"RLIMIT_NOFILE"}
+        attempt()
+        device.run(on_device.fill, array, 8)
+        assert (array == 8).all()
+        space.check()
+        del array
+
+
 # ---- what waits ------------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +330,9 @@ def test_a_fault_that_waits_for_long_is_named(capfd: pytest.CaptureFixture[str])
             while "\n" not in said and time.monotonic() < end:
                 time.sleep(0.1)
                 said += capfd.readouterr().err
-        assert re.fullmatch(rf"uvas: thread \d+ of own has waited for 1\d s for the page at {held.base:#x}: .*\n", said)
+        assert re.fullmatch(
+            rf"uvas: thread \d+ of own has waited for 1\d s for the page at {held.base:#x}: pin_host has it .*\n", said
+        )
         assert reading.result(PATIENCE_S) == bytes(8)
 
 

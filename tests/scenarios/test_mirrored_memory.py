@@ -319,8 +319,9 @@ def test_what_cannot_move_is_refused_and_unchanged(mirror: Mirror, tmp_path: Pat
         held.map_fd(file.fileno(), offset=2 * mirror.granule, size=mirror.granule)
         if mirror.private:
             for whole in (held.range, uvas.Range(held.base + 2 * mirror.granule, mirror.granule)):
-                with pytest.raises(REFUSED):  # a file's
+                with pytest.raises(uvas.NotSupportedError):  # a file's
                     mirror.space.prefetch(whole, mirror.devices[0])
+                assert not mirror.holds(uvas.Range(held.base, 2 * mirror.granule), 0).any()
         held.protect(mirror.granule, mirror.granule, "none")
         with pytest.raises(REFUSED):  # nobody may have it
             mirror.space.prefetch(uvas.Range(held.base, 2 * mirror.granule), mirror.devices[0])
@@ -382,6 +383,44 @@ def test_where_tells_each_page_without_a_fault(mirror: Mirror) -> None:
     held.protect(0, held.size, "rw")
     for i in (1, 2, 3, 4, 5):
         assert mirror.differ(HOST, part[i].base, part[i].size, i) == 0
+
+
+def test_where_tells_of_memory_that_only_a_device_has_touched(mirror: Mirror) -> None:
+    """Nowhere means that it reads as zeros."""
+    held = mirror.commit(6, seed=None)
+    part = [uvas.Range(held.base + i * mirror.granule, mirror.granule) for i in range(6)]
+    for i in (1, 4):
+        mirror.fill(1, part[i].base, part[i].size, i)
+    mirror.fill(HOST, part[3].base, part[3].size, 3)
+    before = mirror.faults()
+    places = mirror.snapshot(held).reshape(6, -1)
+    assert mirror.faults() == before
+    device = uvas.PageFlag.device(2)
+    for i in range(6):
+        if i in (1, 4):
+            assert (places[i] & device == device).all()
+        elif i != 3 and not mirror.private:
+            assert (places[i] == 0).all()
+    held.decommit(mirror.granule, mirror.granule)
+    held.commit(mirror.granule, mirror.granule)
+    assert (mirror.snapshot(part[1]) & device == 0).all()
+    assert (mirror.snapshot(part[4]) & device == device).all()
+    assert mirror.differ(HOST, part[4].base, part[4].size, 4) == 0
+
+
+def test_where_tells_that_a_file_is_on_the_host(mirror: Mirror, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(words(50, mirror.granule))
+    held = mirror.reserve(2 * mirror.granule)
+    held.commit(mirror.granule, mirror.granule)
+    with path.open("r+b") as file:
+        held.map_fd(file.fileno(), offset=0, size=mirror.granule)
+        file.seek(5)
+        places = mirror.snapshot(held).reshape(2, -1)
+        assert (places[0] & uvas.PageFlag.HOST).all()  # whoever has touched it
+        assert file.tell() == 5
+        held.protect(0, mirror.granule, "r")
+        assert (mirror.snapshot(held.range).reshape(2, -1)[0] & uvas.PageFlag.READ_ONLY).all()
 
 
 def test_two_devices_read_one_range_and_it_moves_to_the_second(mirror: Mirror) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import itertools
 import os
+import resource
 import select
 import signal
 import socket
@@ -20,7 +22,7 @@ from typing import Any
 from uvas.devices.calls import Call, Calls
 from uvas.devices.launch import how_it_ended, launch
 from uvas.devices.requests import RequestLine
-from uvas.errors import DeviceLostError, ReleasedError
+from uvas.errors import DeviceLostError, LimitReachedError, ReleasedError
 
 __all__ = ["Link"]
 
@@ -32,6 +34,11 @@ _EXIT_S = 5.0
 
 _AT_EXIT_S = 1.0
 """How long the function at work may go on when the interpreter exits."""
+
+
+def _no_descriptors() -> LimitReachedError:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return LimitReachedError("RLIMIT_NOFILE", soft, "close descriptors or raise the limit (ulimit -n)")
 
 
 class Link:
@@ -114,11 +121,24 @@ class Link:
         return self._pidfd
 
     def borrow(self, verb: str) -> int:
-        """Ask for a descriptor, which comes by a line of its own, and is the caller's."""
-        ours, theirs = socket.socketpair()
+        """Ask for a descriptor, which comes by a line of its own, and is the caller's.
+
+        Raises
+        ------
+        LimitReachedError
+            This process may have no more.
+        """
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise _no_descriptors() from None
+            raise
         with ours, theirs:
             self.collect(verb, self.send(verb, descriptor=theirs.fileno()))
             _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+        if not descriptors:  # it came, and the kernel had no number to give it
+            raise _no_descriptors()
         return descriptors[0]
 
     def submit(self, call: Call) -> None:

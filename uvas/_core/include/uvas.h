@@ -322,7 +322,8 @@ UVAS_API int uvas_prefetch(uvas_id reservation, size_t offset, size_t size, uvas
 enum uvas_advice {
     UVAS_ADVISE_NOTHING = 0,      /* takes all advice back */
     UVAS_ADVISE_READ_MOSTLY = 1,  /* a prefetch copies and takes nothing away */
-    UVAS_ADVISE_PREFERRED = 2,    /* the device keeps it as long as others can be evicted; takes the place of ACCESSED_BY. 0, the host: only that */
+    UVAS_ADVISE_PREFERRED = 2,    /* the device keeps it as long as others can be evicted; takes the place of ACCESSED_BY. 0, the host: only the latter,
+                                     nothing stays or comes home for it */
     UVAS_ADVISE_ACCESSED_BY = 3,  /* the device keeps a copy when it is prefetched elsewhere; passed over where a device is preferred */
 };
 
@@ -336,8 +337,9 @@ enum uvas_page { /* where a page is: the host, private devices (bits 1 to 27: uv
 };
 #define UVAS_PAGE_PROTECTED 0x80000000u /* by uvas_protect: no access */
 
-/* A word of enum uvas_page for each page of the host from `offset` on, without a fault; 0: nowhere, or not committed. Offset and size are whole pages;
- * *out has room for size / page words. */
+/* A word of enum uvas_page for each page of the host from `offset` on, without a fault; 0: nowhere (it reads as zeros), or not committed. Memory that
+ * all share is on the host once anybody has written there; what maps a descriptor is always. Offset and size are whole pages; *out has room for
+ * size / page words. */
 UVAS_API int uvas_where(uvas_id reservation, size_t offset, size_t size, uint32_t *out);
 /* The bit of a device in those words; 0: it has no memory of its own. */
 UVAS_API int uvas_page_bit(uvas_id space, uvas_id device, uint32_t *out);
@@ -349,7 +351,7 @@ struct uvas_pin { /* the caller's memory, from pin to unpin; nothing in it is fo
     uint64_t private_[8];
 };
 
-/* The range comes home and stays: devices that want it wait. It cannot be released meanwhile. */
+/* The range comes home and stays: devices that want it wait. It cannot be released meanwhile. Where it fails, *pin is as it was. */
 UVAS_API int uvas_pin_host(uvas_id reservation, size_t offset, size_t size, struct uvas_pin *pin);
 UVAS_API int uvas_unpin_host(struct uvas_pin *pin);
 

@@ -385,11 +385,12 @@ static void discard(struct uvas_errand *request) {
 
 static int pin(struct uvas_errand *request) {
     struct uvas_mirror *mirror = request->mirror;
-    for (uint32_t g = request->stretch->first; mirror->armed && g < request->stretch->end; g++) {
+    for (uint32_t g = request->first; mirror->armed && g < request->end; g++) {
         if (uvas_directory_next(uvas_granule_word(&mirror->directory[g]), UVAS_HOST, true).steps != 0) {
             return -EAGAIN; /* a device was quicker: it is to be brought home once more */
         }
     }
+    *request->stretch = (struct uvas_stretch){.first = request->first, .end = request->end}; /* the caller's, who sees it written only if it is pinned */
     link_stretch(&mirror->pinned, request->stretch);
     return 0;
 }

@@ -130,12 +130,14 @@ static void *be_helper(void *which) {
 /* On its own stack, by write(2): whoever waits may hold the locks of stdio and malloc. */
 static void complain(const struct uvas_waiting *waiting, uint64_t now) {
     char text[320];
-    const char *why = waiting->error == -EBUSY    ? "the host's page is pinned, by I/O in flight say"
-                      : waiting->error == -ENOMEM ? "there is no memory for it"
-                      : waiting->error != 0       ? "moving it fails"
-                                                  : "others keep it";
+    const char *why = waiting->error == UVAS_WAITS_FOR_PIN ? "pin_host has it on the host"
+                      : waiting->error == -EBUSY           ? "the host's page is pinned, by I/O in flight say"
+                      : waiting->error == -ENOMEM          ? "there is no memory for it"
+                      : waiting->error != 0                ? "moving it fails"
+                                                           : "others keep it";
+    int error = waiting->error < 0 ? waiting->error : 0;
     int length = snprintf(text, sizeof text, "uvas: thread %u of %s has waited for %llu s for the page at 0x%lx: %s (%d)\n", waiting->thread, waiting->name,
-                          (unsigned long long)((now - waiting->since_ns) / 1000000000u), waiting->address, why, waiting->error);
+                          (unsigned long long)((now - waiting->since_ns) / 1000000000u), waiting->address, why, error);
     uvas_say(text, (size_t)length);
 }
 

@@ -174,5 +174,5 @@ int uvas_leases_busy(const struct uvas_record *record, size_t offset, size_t siz
     if (record->arena) {
         return uvas_fail_say(failure, "[0x%lx, 0x%lx) is in use: arena %s lives there, and is closed first", base, base + size, record->arena);
     }
-    return uvas_fail_say(failure, "[0x%lx, 0x%lx) is in use by arrays or calls: their leases end first", base, base + size);
+    return uvas_fail_say(failure, "[0x%lx, 0x%lx) is in use by arrays, calls or pin_host: their leases end first", base, base + size);
 }

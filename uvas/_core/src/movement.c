@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "failure.h"
+#include "limits.h"
 #include "mirrors.h"
 #include "vm.h"
 
@@ -210,11 +211,8 @@ static uint32_t protection_flags(uint32_t protection) {
     return protection == UVAS_NONE ? UVAS_PAGE_PROTECTED : protection & UVAS_WRITE ? 0u : (uint32_t)UVAS_PAGE_READ_ONLY;
 }
 
-/* Who has a page. The directory knows of granules; of the host's pages the kernel knows which are there. */
+/* Who has a page of memory that moves. The directory knows of granules; of the host's pages the kernel knows which are there. */
 static uint32_t page_word(const struct uvas_record *record, size_t offset, bool present) {
-    if (!record->mirror) {
-        return present ? UVAS_PAGE_HOST : 0u;
-    }
     uint32_t word = uvas_granule_word(&record->mirror->directory[offset >> record->mirror->domain->shift]);
     uint32_t holders = uvas_holders(word) & ~(present ? 0u : (uint32_t)UVAS_PAGE_HOST);
     return holders | (word & UVAS_BYTES_LOST ? (uint32_t)UVAS_PAGE_LOST : 0u) | (holders & (holders - 1) ? (uint32_t)UVAS_PAGE_DUPLICATED : 0u);
@@ -222,7 +220,7 @@ static uint32_t page_word(const struct uvas_record *record, size_t offset, bool 
 
 #define PAGES_AT_ONCE 512u
 
-static int where_part(struct uvas_record *record, int pages, size_t offset, size_t end, uint32_t flags, uint32_t *out) {
+static int where_private(struct uvas_record *record, int pages, size_t offset, size_t end, uint32_t flags, uint32_t *out) {
     uint64_t entries[PAGES_AT_ONCE];
     size_t page = uvas_vm_platform.page_size;
     while (offset < end) {
@@ -232,10 +230,41 @@ static int where_part(struct uvas_record *record, int pages, size_t offset, size
             return got < 0 ? (int)got : -EIO;
         }
         for (size_t i = 0; i < count; i++, offset += page) {
-            *out++ = page_word(record, offset, entries[i] >> 62 != 0) | flags;
+            bool there = entries[i] >> 62 != 0;
+            *out++ = (record->mirror ? page_word(record, offset, there) : there ? (uint32_t)UVAS_PAGE_HOST : 0u) | flags;
         }
     }
     return 0;
+}
+
+/* Of a file that others write as well the host's page table knows only what the host has touched: the file itself is asked what it holds. Ours alone:
+ * the question moves the descriptor's position. */
+static int where_in_memfd(const struct uvas_record *record, size_t offset, size_t end, uint32_t flags, uint32_t *out) {
+    size_t page = uvas_vm_platform.page_size;
+    int64_t data = 0, hole = 0;
+    for (; offset < end; offset += page) {
+        int rc = (int64_t)offset < hole ? 0 : uvas_vm_next_data(record->file->fd, (int64_t)offset, &data, &hole);
+        if (rc < 0) {
+            return rc;
+        }
+        *out++ = ((int64_t)offset >= data ? (uint32_t)UVAS_PAGE_HOST : 0u) | flags;
+    }
+    return 0;
+}
+
+/* A descriptor of the caller's stays where it is, whoever touches it. */
+static void where_descriptor(size_t offset, size_t end, uint32_t flags, uint32_t *out) {
+    for (; offset < end; offset += uvas_vm_platform.page_size) {
+        *out++ = UVAS_PAGE_HOST | flags;
+    }
+}
+
+static int where_part(struct uvas_record *record, uint32_t kind, int pages, size_t offset, size_t end, uint32_t flags, uint32_t *out) {
+    if (kind == UVAS_BACKING_DESCRIPTOR) {
+        where_descriptor(offset, end, flags, out);
+        return 0;
+    }
+    return kind == UVAS_BACKING_MEMFD ? where_in_memfd(record, offset, end, flags, out) : where_private(record, pages, offset, end, flags, out);
 }
 
 static int where_all(struct uvas_record *record, int pages, size_t offset, size_t size, uint32_t *out) {
@@ -247,7 +276,7 @@ static int where_all(struct uvas_record *record, int pages, size_t offset, size_
         if (kind == 0) {
             memset(out, 0, count * sizeof *out);
         } else {
-            rc = where_part(record, pages, offset, until, protection_flags(protection), out);
+            rc = where_part(record, kind, pages, offset, until, protection_flags(protection), out);
         }
         out += count;
     }
@@ -267,7 +296,9 @@ int uvas_where(uvas_id reservation, size_t offset, size_t size, uint32_t *out) {
     rc = pages < 0 ? pages : where_all(record, pages, offset, size, out);
     uvas_vm_close(pages);
     unpin_record(record);
-    return rc < 0 ? uvas_fail_system(0, 0, "reading /proc/self/pagemap", rc) : 0;
+    return rc == -EMFILE || rc == -ENFILE ? uvas_limits_descriptors(0, 0, rc)
+           : rc < 0                       ? uvas_fail_system(0, 0, "asking the kernel which pages are there", rc)
+                                          : 0;
 }
 
 int uvas_page_bit(uvas_id space_id, uvas_id device, uint32_t *out) {
@@ -313,37 +344,36 @@ _Static_assert(sizeof(struct pin) <= sizeof(struct uvas_pin), "what is public ha
 
 #define PIN_TRIES 100 /* a device may take it again before it is pinned */
 
+static int pin_moving(struct uvas_record *record, size_t offset, size_t size, struct pin *held) {
+    struct granules range = widened(record, offset, size);
+    struct uvas_errand pinning = {.kind = UVAS_ASK_PIN, .mirror = record->mirror, .stretch = &held->stretch, .first = range.first, .end = range.end};
+    int rc = -EAGAIN;
+    for (int tries = 0; rc == -EAGAIN && tries < PIN_TRIES; tries++) {
+        rc = prefetch(record, offset, size, 0, false, NULL);
+        rc = rc < 0 ? rc : uvas_ask(&pinning);
+    }
+    return rc == -EAGAIN ? uvas_fail_system(record->base + offset, size, "pinning: devices take it again and again", -EBUSY) : rc;
+}
+
 int uvas_pin_host(uvas_id reservation, size_t offset, size_t size, struct uvas_pin *out) {
-    struct pin pin = {.lease = 0};
-    int rc = uvas_lease(reservation, offset, size, &pin.lease);
+    struct pin *held = (struct pin *)out; /* not written unless it is pinned */
+    uvas_id lease = 0;
+    int rc = uvas_lease(reservation, offset, size, &lease);
     struct uvas_record *record = rc < 0 ? NULL : pin_record(reservation, offset, size, &rc);
-    memset(out, 0, sizeof *out);
     if (!record) {
-        (void)uvas_unlease(pin.lease);
+        (void)uvas_unlease(lease);
         return rc;
     }
-    *(struct pin *)out = pin;
-    struct pin *held = (struct pin *)out;
-    rc = -EAGAIN;
-    if (record->mirror) {
-        struct granules range = widened(record, offset, size);
-        held->reservation = reservation;
-        held->stretch = (struct uvas_stretch){.first = range.first, .end = range.end};
-        struct uvas_errand pinning = {.kind = UVAS_ASK_PIN, .mirror = record->mirror, .stretch = &held->stretch};
-        for (int tries = 0; rc == -EAGAIN && tries < PIN_TRIES; tries++) {
-            rc = prefetch(record, offset, size, 0, false, NULL);
-            rc = rc < 0 ? rc : uvas_ask(&pinning);
-        }
-        rc = rc == -EAGAIN ? uvas_fail_system(record->base + offset, size, "pinning: devices take it again and again", -EBUSY) : rc;
-    } else {
-        rc = 0;
-    }
+    bool moves = record->mirror != NULL;
+    rc = moves ? pin_moving(record, offset, size, held) : 0;
     unpin_record(record);
     if (rc < 0) {
-        (void)uvas_unlease(pin.lease);
-        memset(out, 0, sizeof *out);
+        (void)uvas_unlease(lease);
+        return rc;
     }
-    return rc;
+    held->lease = lease;
+    held->reservation = moves ? reservation : 0;
+    return 0;
 }
 
 int uvas_unpin_host(struct uvas_pin *out) {

@@ -296,9 +296,25 @@ int uvas_copy_protected(int faults, uintptr_t to, const char *from, size_t size)
     return 0;
 }
 
+/* Of a device that does not hold the run: what a punch left there when memory was decommitted would pass for the bytes that are to come. */
+static int forget_stale(const struct uvas_extent *run, uint32_t party) {
+    const struct uvas_store *store = &run->mirror->stores[party];
+    return store->stale ? uvas_vm_punch(store->fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run)) : 0;
+}
+
+/* What could not go is stale. */
+static void punch_surely(const struct uvas_extent *run, uint32_t party) {
+    struct uvas_store *store = &run->mirror->stores[party];
+    store->stale |= uvas_vm_punch_surely(store->fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run)) < 0;
+}
+
 /* Large copies are shared with the mate. */
 static int copy_in(const struct uvas_extent *run, uint32_t party, const char *from) {
     int faults = party == UVAS_HOST ? our.faults : member_of(run, party)->faults;
+    int refused = party == UVAS_HOST ? 0 : forget_stale(run, party);
+    if (refused < 0) {
+        return refused;
+    }
     size_t size = uvas_extent_bytes(run), half = size < SHARED_COPY ? 0 : size / 2 & ~(uvas_vm_platform.page_size - 1);
     uintptr_t to = uvas_extent_base(run);
     if (half) {
@@ -318,9 +334,8 @@ static int drop_host(const struct uvas_extent *run) {
 
 static int fill_zero(const struct uvas_extent *run, uint32_t party) {
     if (party != UVAS_HOST) {
-        const struct uvas_store *store = &run->mirror->stores[party];
-        int rc = store->stale ? uvas_vm_punch(store->fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run)) : 0;
-        return rc < 0 ? rc : uvas_vm_allocate(store->fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+        int rc = forget_stale(run, party);
+        return rc < 0 ? rc : uvas_vm_allocate(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
     }
     for (size_t done = 0; done < uvas_extent_bytes(run);) {
         long put = uvas_fault_zero(our.faults, uvas_extent_base(run) + done, uvas_extent_bytes(run) - done);
@@ -342,7 +357,7 @@ static int undo_fill(const struct uvas_extent *run, uint32_t party, const struct
     if (party == UVAS_HOST) {
         (void)uvas_vm_drop_surely(uvas_extent_base(run), uvas_extent_bytes(run));
     } else {
-        (void)uvas_vm_punch_surely(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+        punch_surely(run, party);
     }
     if (next->steps & UVAS_STEP_TAKE) {
         int back = give_back(run, copied);
@@ -404,7 +419,7 @@ static bool unreadable(const struct uvas_extent *run, uint32_t party) {
 static int lose(const struct uvas_extent *run) {
     for (uint32_t party = 1; party < UVAS_PARTIES; party++) {
         if (run->word >> party & 1) {
-            (void)uvas_vm_punch_surely(run->mirror->stores[party].fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+            punch_surely(run, party);
             uvas_residency_went(member_of(run, party), run);
         }
     }
@@ -464,7 +479,7 @@ static void forget_broken(const struct uvas_extent *run) {
         struct uvas_member *member = member_of(run, party);
         if (store->alias && member && !member->dead) {
             (void)uvas_copy_protected(member->faults, uvas_extent_base(run), staged(run), uvas_extent_bytes(run));
-            (void)uvas_vm_punch_surely(store->fd, (int64_t)uvas_extent_offset(run), uvas_extent_bytes(run));
+            punch_surely(run, party);
         }
     }
     (void)uvas_vm_drop_surely((uintptr_t)staged(run), uvas_extent_bytes(run));

@@ -225,9 +225,10 @@ static bool serve(struct parked *fault, const struct parked *queue_end, uint32_t
         fault->due = mirror->directory[fault->granule].until;
         return false;
     }
-    bool stays = party != UVAS_HOST && (uvas_pager.pausing || uvas_within(mirror->pinned, fault->granule));
+    bool pinned = party != UVAS_HOST && uvas_within(mirror->pinned, fault->granule);
+    bool stays = pinned || (party != UVAS_HOST && uvas_pager.pausing);
     if (stays || (!fault->torn && asked_before(fault, queue_end))) {
-        put_off(fault, now, 0);
+        put_off(fault, now, pinned ? UVAS_WAITS_FOR_PIN : 0);
         return false;
     }
     run = with_it(fault, uvas_streams_window(member, mirror, fault->granule), now);

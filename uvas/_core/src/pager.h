@@ -246,11 +246,13 @@ static inline uint64_t uvas_watched(const struct uvas_member *member, enum uvas_
 }
 void uvas_unwatch(const struct uvas_member *member);
 
+#define UVAS_WAITS_FOR_PIN 1 /* no error: uvas_pin_host has it on the host */
+
 struct uvas_waiting { /* what the watchdog says of the fault that has waited longest. Under requests.c's lock */
     uintptr_t address;
     uint64_t since_ns; /* 0: nobody waits */
     uint32_t thread;
-    int error; /* why the last try failed; 0: it is not its turn */
+    int error; /* why the last try failed; 0: it is not its turn; UVAS_WAITS_FOR_PIN */
     char name[64];
 };
 
@@ -287,7 +289,7 @@ enum uvas_request_kind {
     UVAS_ASK_FORGET,  /* mirror, stretch: it has gone */
     UVAS_ASK_MOVE,    /* mirror, range, party, write */
     UVAS_ASK_DISCARD, /* mirror, range */
-    UVAS_ASK_PIN,     /* mirror, stretch: it has come home, and stays */
+    UVAS_ASK_PIN,     /* mirror, range: it has come home, and stays; stretch: written when it does, until UNPIN */
     UVAS_ASK_UNPIN,
     UVAS_ASK_PAUSE,   /* for a fork: what only devices hold is copied home, then all stands still until uvas_requests_resume */
     UVAS_ASK_STOP,

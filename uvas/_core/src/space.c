@@ -100,7 +100,7 @@ static int leased(struct uvas_space *space) {
             struct uvas_failure *failure = uvas_fail(UVAS_FAILURE_BUSY, -EBUSY);
             failure->base = record->base;
             failure->size = record->size;
-            return uvas_fail_say(failure, "space %s cannot close: [0x%lx, 0x%lx) is in use by arrays or calls", space->name, record->base,
+            return uvas_fail_say(failure, "space %s cannot close: [0x%lx, 0x%lx) is in use by arrays, calls or pin_host", space->name, record->base,
                                  record->base + record->size);
         }
     }

@@ -80,6 +80,8 @@ int uvas_vm_tag(const char *name);                 /* a sealed, empty memfd */
 int uvas_vm_memfd(const char *name, size_t size);  /* a sparse one */
 int uvas_vm_punch(int fd, int64_t offset, size_t size);
 int uvas_vm_punch_surely(int fd, int64_t offset, size_t size); /* past the tests' knob: to undo */
+/* The next stretch that holds data, [*data, *hole), which ends after `offset`; INT64_MAX: there is none. Moves the descriptor's position. */
+int uvas_vm_next_data(int fd, int64_t offset, int64_t *data, int64_t *hole);
 int uvas_vm_allocate(int fd, int64_t offset, size_t size); /* pages of zeros where holes are */
 long uvas_vm_write_at(int fd, const void *from, size_t size, int64_t offset); /* bytes or -errno */
 long uvas_vm_read_at(int fd, void *out, size_t size, int64_t offset);

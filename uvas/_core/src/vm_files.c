@@ -76,6 +76,23 @@ int uvas_vm_allocate(int fd, int64_t offset, size_t size) {
     GATED(syscall(SYS_fallocate, fd, 0, offset, size));
 }
 
+int uvas_vm_next_data(int fd, int64_t offset, int64_t *data, int64_t *hole) {
+    int refused = gate();
+    if (refused) {
+        return -refused;
+    }
+    *data = syscall(SYS_lseek, fd, offset, SEEK_DATA);
+    if (*data < 0) {
+        *data = *hole = INT64_MAX;
+        return errno == ENXIO ? 0 : -errno; /* no data from there on */
+    }
+    *hole = syscall(SYS_lseek, fd, *data, SEEK_HOLE);
+    if (*hole <= *data) { /* taken away between the two questions */
+        *hole = *data + (int64_t)PAGE;
+    }
+    return 0;
+}
+
 /* ---- any descriptor ---------------------------------------------------------------------------------------------------------------------------- */
 
 long uvas_vm_write_at(int fd, const void *from, size_t size, int64_t offset) {
