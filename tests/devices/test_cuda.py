@@ -709,6 +709,9 @@ def test_a_card_that_dies_takes_no_memory_of_the_hosts_with_it(plug, attributes)
         with pytest.raises(uvas.DeviceLostError, match="nothing is lost") as caught:
             held.commit(2 * PAGE, PAGE)
         assert caught.value.name == "CUDA_ERROR_ILLEGAL_ADDRESS"
+        for verb in (lambda: device.prefetch(held.range, "host"), lambda: device.advise(held.range, None, "device")):
+            with pytest.raises(uvas.DeviceLostError):
+                verb()
         assert pickle.loads(pickle.dumps(caught.value)).code == caught.value.code
         assert device.strategy == "register" or (held.numpy("u1", PAGE) == 5).all()
     fake.registered.clear()  # pinned to the end of the process

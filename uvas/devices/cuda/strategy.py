@@ -58,11 +58,26 @@ class Strategy:
         raise NotImplementedError
 
     def prefetch(self, range: Range, target: Target) -> Callable[[], None]:
-        """Start to move; here there is nothing to move."""
+        """Start to move; here there is nothing to move.
+
+        Raises
+        ------
+        DeviceLostError
+            The card is gone.
+        """
+        self.card.check("prefetch")
         return _nothing_to_wait_for
 
     def advise(self, range: Range, advice: str | None, applies: Target | None) -> None:
-        """Take advice on where pages should be; here they do not move."""
+        """Take advice on where pages should be; here they do not move.
+
+        Raises
+        ------
+        DeviceLostError
+            The card is gone.
+        """
+        if advice in (None, "read_mostly") or applies is not None:  # else it is of another device
+            self.card.check("advise")
 
     def where(self, range: Range) -> npt.NDArray[np.uint32] | None:
         """Tell where the pages are, one number each."""
