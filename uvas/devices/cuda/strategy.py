@@ -30,6 +30,8 @@ class Strategy:
     backings: ClassVar[frozenset[BackingKind]]
     granularity: int = 0
     window: Range | None = None
+    takes_all_visible: ClassVar[bool] = False
+    """Whether every card of the process has to be able to do it, and not only those of the space."""
 
     def __init__(self, card: Card) -> None:
         self.card = card
