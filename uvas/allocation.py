@@ -85,6 +85,8 @@ class _Methods(Allocation if TYPE_CHECKING else object):  # type: ignore[misc]  
     def cupy(self, dtype: npt.DTypeLike, shape: int | Iterable[int] | None = None, *, offset: int = 0) -> Any:
         """Return a CuPy array over the memory itself; the block stays as long as any view of it lives.
 
+        The stream that is current now counts as one that uses the block, as of `used_on`.
+
         Parameters
         ----------
         dtype, shape, offset
@@ -115,6 +117,7 @@ class _Methods(Allocation if TYPE_CHECKING else object):  # type: ignore[misc]  
         arena = self.arena
         if isinstance(held, Reservation) and (arena is None or arena.backing == "none"):
             keeper = hold, held._lease(self.base + start - held.base, size, f"CuPy array in {self!r}", by_host=False)
+        ordered.use(self, self._core)
         return cupy_view(self.base + start, size, self.base + start, kind, dimensions, None, keeper, card)
 
     def used_on(self, stream: object) -> None:

@@ -13,6 +13,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from errno import EBUSY, EDQUOT, ENOMEM, ENOSPC, ESTALE
 from itertools import count
 from types import TracebackType
@@ -29,7 +30,7 @@ from uvas.allocation import arenas
 from uvas.arguments import as_choice, as_label, as_number, as_size
 from uvas.devices.adapter import raise_answer
 from uvas.devices.transport import address_of
-from uvas.errors import OutOfMemoryError, ReleasedError
+from uvas.errors import OutOfMemoryError, ReleasedError, UvasError
 from uvas.leases import enqueue, generation, put_errand, represent, start_reaper, work_off
 from uvas.measurement import Measurement as Measurement
 from uvas.measurement import Measuring
@@ -135,6 +136,7 @@ class Arena(core.Allocator):
     __slots__ = (
         "__weakref__",
         "_backing",
+        "_cards",
         "_errors",
         "_exhausted",
         "_generation",
@@ -190,9 +192,10 @@ class Arena(core.Allocator):
         if growth is not None:
             options.growth = as_number("growth", growth, 1, 1 << 64)
         options.idle_ns = 0 if idle is None else _nanoseconds(idle)
-        if exhausted is not None:
-            if not callable(exhausted):
-                raise TypeError(f"exhausted is called with a size: {exhausted!r} cannot be")
+        if exhausted is not None and not callable(exhausted):
+            raise TypeError(f"exhausted is called with a size: {exhausted!r} cannot be")
+        self._cards = ordered.cards_of(home.devices if isinstance(home, AddressSpace) else home.space.devices)
+        if exhausted is not None or self._cards:
             options.exhausted, options.context = lib.uvas_py_exhausted, ffi.cast("void *", self._key)
             _asked[self._key] = self
         work_off()
@@ -202,6 +205,7 @@ class Arena(core.Allocator):
             raise raise_answer(code)
         super().__init__(block_source, Allocation)
         arenas[block_source.id] = self
+        self._devices_changed()
 
     # ---- what it is --------------------------------------------------------------------------------------------------
 
@@ -244,6 +248,18 @@ class Arena(core.Allocator):
 
     def _work_off(self) -> None:
         work_off()
+        if self._cards:
+            ordered.look(self._core.id)
+
+    def _devices_changed(self) -> None:
+        """Look which cards there are; the space calls this too."""
+        self._cards = ordered.cards_of(self.space.devices)
+        self._core.order(bool(self._cards))
+
+    def _note(self, block: Allocation) -> None:
+        """Note which stream is current. C calls this for each block, where there are cards."""
+        if cards := self._cards:
+            ordered.note(block, self._core, cards)
 
     def _failed(self, code: int, size: int) -> BaseException:
         """Return what to raise for an allocation that C refused."""
@@ -268,6 +284,8 @@ class Arena(core.Allocator):
         self._errors.pop(threading.get_ident(), None)
         numpy = handler.asks(0)  # who allocates in the callback raises what he is told
         try:
+            if self._cards and self._wait_for_streams():
+                return True
             return self._exhausted is not None and bool(self._exhausted(size))
         except BaseException as error:
             if numpy:
@@ -279,6 +297,15 @@ class Arena(core.Allocator):
             return False
         finally:
             handler.asks(numpy)
+
+    def _wait_for_streams(self) -> bool:
+        """Wait for the streams that use what has been freed; whether something came back."""
+        work_off()
+        before = ordered.pending(self._core.id)
+        if before:
+            with suppress(UvasError):  # a stream is being captured, say
+                ordered.collect(self._core.id, wait=True)
+        return ordered.pending(self._core.id) < before
 
     # ---- what it holds -----------------------------------------------------------------------------------------------
 

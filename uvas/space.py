@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from uvas import movement as moving
+from uvas import ordered
 from uvas._core import ffi, lib
+from uvas.allocation import arenas
 from uvas.arguments import Window, as_choice, as_label, as_size, as_where, as_window
 from uvas.audit import inspect_space
 from uvas.devices.adapter import Party, raise_answer
@@ -260,7 +262,7 @@ class AddressSpace:
             raise raise_answer(code)
         party.id = cell[0]
         self._parties.append(party)
-        self._count_claiming()
+        self._devices_changed()
 
     def detach(self, device: Device) -> None:
         """Take a device away: it gives back every live reservation.
@@ -281,7 +283,13 @@ class AddressSpace:
         if code < 0:
             raise raise_answer(code)
         self._parties.remove(party)
+        self._devices_changed()
+
+    def _devices_changed(self) -> None:
         self._count_claiming()
+        for arena in [*arenas.values()]:
+            if arena.space is self:
+                arena._devices_changed()
 
     def _count_claiming(self) -> None:
         claiming = [party for party in self._parties if party.info.placement == "claims"]
@@ -549,6 +557,7 @@ class AddressSpace:
         code = lib.uvas_space_close(self._cell[0])
         if code == -EBUSY:
             gc.collect()
+            ordered.collect(wait=True)  # of arenas that were left by `with` streams may use the last blocks
             work_off()  # an arena that was in a cycle
             code = lib.uvas_space_close(self._cell[0])
         if code == -EBUSY:

@@ -109,6 +109,17 @@ def test_one_visible_card_spoils_registration_for_all(plug):
         assert "cuda:1" in device.info.details["why not"]["register"]
 
 
+def test_a_card_that_is_only_visible_spoils_nothing_else(plug):
+    plug(FakeCard(dict(HMM_CARD)), FakeCard(dict(VMM_CARD)))
+    with uvas.CudaDevice(0) as able, uvas.CudaDevice(1) as other:
+        assert (able.strategy, other.strategy) == ("hmm", "vmm")
+        with uvas.AddressSpace([able, other]):  # but what is in the space counts
+            assert (able.strategy, other.strategy) == ("vmm", "vmm")
+            assert "cuda:1: the card cannot access" in able.info.details["why not"]["hmm"]
+    with uvas.CudaDevice(0) as able, uvas.AddressSpace([able]):
+        assert able.strategy == "hmm"
+
+
 def test_several_devices_settle_on_what_all_can_do(plug):
     plug(*cards(HMM_CARD, 3))
     with uvas.CudaDevice(0) as first, uvas.CudaDevice(1, strategy="vmm") as second, uvas.CudaDevice(2) as third:
@@ -709,6 +720,9 @@ def test_a_card_that_dies_takes_no_memory_of_the_hosts_with_it(plug, attributes)
         with pytest.raises(uvas.DeviceLostError, match="nothing is lost") as caught:
             held.commit(2 * PAGE, PAGE)
         assert caught.value.name == "CUDA_ERROR_ILLEGAL_ADDRESS"
+        for verb in (lambda: device.prefetch(held.range, "host"), lambda: device.advise(held.range, None, "device")):
+            with pytest.raises(uvas.DeviceLostError):
+                verb()
         assert pickle.loads(pickle.dumps(caught.value)).code == caught.value.code
         assert device.strategy == "register" or (held.numpy("u1", PAGE) == 5).all()
     fake.registered.clear()  # pinned to the end of the process

@@ -206,6 +206,20 @@ def test_arrays_go_by_address(device, kernels, memory):
     assert y[990:].tolist() == [2 * i + 1 + (i - 490) / 2 for i in range(990, 1000)]
 
 
+def test_arrays_whose_strides_a_kernel_cannot_know_are_refused(device, kernels, memory):
+    x, y = memory.numpy("f4", 100), memory.numpy("f4", 100, offset=2 * PAGE)
+    x[:], y[:] = 1, 1
+    square = x.reshape(10, 10)
+    for wrong in (x[::-1], x[::2], square[:, :5], square[::-1], x[:50][::-1], np.broadcast_to(x[:1], 100)):
+        with pytest.raises(ValueError, match=r"x of saxpy: .* has the strides"):
+            device.run(kernels("saxpy"), 10, None, wrong, y, 1)
+        with pytest.raises(ValueError, match=r"strides|read-only"):
+            device.run(kernels("saxpy"), 10, None, x, wrong, 1)
+    assert (y == 1).all()
+    for right in (square.T, square[3:5], x[::2][:1], x[::-1][:1]):
+        device.run(kernels("saxpy"), right.size, None, right, y, 1)
+
+
 def test_arrays_of_arenas_and_of_numpy_go_by_address(device, kernels, space):
     with uvas.Arena(space) as arena:
         x = arena.alloc(4000).numpy("f4")

@@ -36,6 +36,7 @@ typedef struct {
     atomic_int retired;  /* to be closed when the last block goes */
     atomic_size_t users; /* allocators of NumPy that ask it for memory */
     atomic_size_t owed;  /* blocks that finalizers could not give back at once */
+    atomic_int ordered;  /* its blocks note the stream that is current: a CUDA device sees them. Written by order, with relaxed ordering: when a device comes */
 } Core;
 
 typedef struct {
@@ -243,6 +244,17 @@ static PyObject *core_use(Core *self, PyObject *argument) {
     return PyLong_FromSize_t(users);
 }
 
+PyDoc_STRVAR(core_order_doc, "order($self, ordered, /)\n--\n\nSay whether the allocator's `_note` is told of every block that it makes.");
+
+static PyObject *core_order(Core *self, PyObject *ordered) {
+    int truth = PyObject_IsTrue(ordered);
+    if (truth < 0) {
+        return NULL;
+    }
+    atomic_store_explicit(&self->ordered, truth, memory_order_relaxed);
+    Py_RETURN_NONE;
+}
+
 static PyObject *core_closing(Core *self, void *unused) {
     (void)unused;
     return PyBool_FromLong(atomic_load(&self->closing));
@@ -255,6 +267,7 @@ static PyMethodDef core_methods[] = {
     {"settle", (PyCFunction)core_settle, METH_O, core_settle_doc},
     {"owe", (PyCFunction)core_owe, METH_NOARGS, core_owe_doc},
     {"use", (PyCFunction)core_use, METH_O, core_use_doc},
+    {"order", (PyCFunction)core_order, METH_O, core_order_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -385,11 +398,16 @@ static PyObject *block_give_back(Block *self) {
 
 PyDoc_STRVAR(block_free_doc, "free($self, /, *, after=None)\n--\n\n"
                              "Give the memory back to the arena, exactly once.\n\n"
+                             "Where a CUDA device sees it, it goes back when what was queued by now has run on the stream that was current at its\n"
+                             "allocation (CuPy's, or else the default one) and on those of `used_on`. The call does not wait; during a stream capture\n"
+                             "nothing goes back.\n\n"
                              "Parameters\n----------\n"
-                             "after\n    A CUDA stream: it goes back when what is queued there now has run. The call does not wait.\n\n"
+                             "after\n    One more CUDA stream to go after.\n\n"
                              "Raises\n------\n"
                              "BufferError\n    An array over it lives.\n"
-                             "ReleasedError\n    It has been freed, or was left by ``with``.");
+                             "ReleasedError\n    It has been freed, or was left by ``with``.\n"
+                             "NotSupportedError\n    `after` is being captured, or no CUDA device of the space sees the block.\n"
+                             "DeviceError\n    The driver said no; it is not freed.");
 
 /* What streams use is Python's to give back; `after` may be NULL. */
 static PyObject *block_free_in_order(Block *self, PyObject *after) {
@@ -547,11 +565,25 @@ static PyObject *fail(Allocator *self, int rc, size_t size) {
     return raise_object(PyObject_CallMethod((PyObject *)self, "_failed", "in", rc, (Py_ssize_t)size));
 }
 
-/* What finalizers owe comes first. -1 with an exception set, also where there are no more blocks to be had. */
+/* Lets a new block note the stream that is current, where there are any. Takes the reference; NULL with an exception set: the block has gone. */
+static PyObject *note(Allocator *self, PyObject *block) {
+    if (!atomic_load_explicit(&self->core->ordered, memory_order_relaxed)) {
+        return block;
+    }
+    PyObject *done = PyObject_CallMethod((PyObject *)self, "_note", "O", block);
+    if (!done) {
+        Py_DECREF(block);
+        return NULL;
+    }
+    Py_DECREF(done);
+    return block;
+}
+
+/* What finalizers owe comes first, and what streams have done with. -1 with an exception set, also where there are no more blocks to be had. */
 static int prepare(Allocator *self) {
     Core *core = self->core;
     if (core && !atomic_load_explicit(&core->closing, memory_order_relaxed)) {
-        if (!atomic_load_explicit(&core->owed, memory_order_relaxed)) {
+        if (!atomic_load_explicit(&core->owed, memory_order_relaxed) && !atomic_load_explicit(&core->ordered, memory_order_relaxed)) {
             return 0;
         }
         PyObject *done = PyObject_CallMethod((PyObject *)self, "_work_off", NULL);
@@ -634,7 +666,7 @@ static PyObject *allocator_alloc(Allocator *self, PyObject *const *arguments, Py
     }
     block->base = base;
     block->size = size;
-    return (PyObject *)block;
+    return note(self, (PyObject *)block);
 }
 
 /* A list of blocks for memory that has been allocated, or NULL: then the memory is given back. */
@@ -705,6 +737,13 @@ static PyObject *allocator_alloc_many(Allocator *self, PyObject *asked) {
     }
     if (rc == 0) {
         blocks = blocks_make(self, bases, sizes, count);
+        for (Py_ssize_t i = 0; blocks && i < count; i++) {
+            if (!note(self, Py_NewRef(PyList_GetItem(blocks, i)))) {
+                Py_CLEAR(blocks);
+            } else {
+                Py_DECREF(PyList_GetItem(blocks, i)); /* the list has its own */
+            }
+        }
     } else {
         size_t total = 0;
         for (Py_ssize_t i = 0; i < count; i++) {

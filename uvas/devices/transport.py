@@ -31,6 +31,7 @@ __all__ = [
     "dumps",
     "extent",
     "extent_of",
+    "keeper_of",
     "memory_at",
 ]
 
@@ -129,7 +130,7 @@ def _memory_of_block(address: int, size: int, base: int, block_size: int) -> np.
     return np.asarray(Hold(keeper, address - base, size))
 
 
-def _keeper_of(array: np.ndarray[Any, Any]) -> Any:
+def keeper_of(array: np.ndarray[Any, Any]) -> Any:
     """Return what lives as long as any array over an array's memory: its allocation, or the array that owns it."""
     base: Any = array
     while isinstance(base, np.ndarray):
@@ -206,7 +207,7 @@ class _Pickler(pickle.Pickler):
         if held is not None and held.base in self._shared:
             block = fast.find_allocation(low)
             if block is not None:
-                _sent[block[0]] = _keeper_of(array)
+                _sent[block[0]] = keeper_of(array)
                 return array
             try:
                 return memory_at(low, size)

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from uvas import ordered
 from uvas._core import fast
-from uvas.devices.transport import Bytes, address_of, extent, extent_of
+from uvas._core._allocation import Allocation
+from uvas.devices.transport import Bytes, address_of, extent, extent_of, keeper_of
 from uvas.interop.view import card_of, cupy_module, cupy_view
 from uvas.leases import find
 
@@ -20,7 +22,7 @@ def ascupy(array: npt.NDArray[Any]) -> Any:
     """Return a CuPy array over the very bytes of a NumPy array; never a copy.
 
     Both have the same address, and pointers stored in them mean the same to a kernel. The memory stays as long as one
-    of the two lives.
+    of the two lives, and in an arena until the stream that is current now has run what was queued by then.
 
     Parameters
     ----------
@@ -52,7 +54,22 @@ def ascupy(array: npt.NDArray[Any]) -> Any:
     if held is None or bounds is None or low + size > bounds[0] + bounds[1]:
         raise ValueError(f"{what} lies in no unified memory: allocate it there, or copy it by cupy.asarray")
     card = card_of(held.space.devices, what)
-    return cupy_view(low, size, address_of(array), array.dtype, array.shape, array.strides, array, card)
+    return cupy_view(low, size, address_of(array), array.dtype, array.shape, array.strides, _in_order(array, low), card)
+
+
+def _in_order(array: npt.NDArray[Any], low: int) -> object:
+    """Return what keeps an array, with its memory given back only after the stream that is current now.
+
+    Reservations need none of this: they are not released before cards have stopped.
+    """
+    found = fast.find_allocation(low)
+    if found is None:
+        return array
+    block = keeper_of(array)
+    if isinstance(block, Allocation):
+        ordered.use(block, block._core)
+        return array
+    return ordered.keep(array, low, found[2])  # of NumPy's own, which is freed in C
 
 
 def asnumpy(array: Any) -> npt.NDArray[Any]:

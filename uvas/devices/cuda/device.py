@@ -64,7 +64,7 @@ class CudaDevice:
             raise ValueError(f"there is no CUDA card {ordinal}: this process sees {len(visible)}")
         self._asked = strategy
         self._version = driver.version()
-        self._refusals = _refusals(visible, strategy)
+        self._refusals = _refusals(ordinal, visible, strategy)
         able = self._able()
         if not able:
             raise _nothing_does(f"CUDA device {ordinal}", self._refusals, self._asked)
@@ -77,7 +77,7 @@ class CudaDevice:
             self._info = self._describe({})
 
     def _able(self) -> list[StrategyName]:
-        """Return what was asked for and what every card of this process can do."""
+        """Return what was asked for and what the card can do."""
         asked: Iterable[StrategyName] = _STRATEGIES if self._asked == "auto" else (self._asked,)
         return [name for name in asked if not self._refusals[name]]
 
@@ -283,12 +283,14 @@ class CudaDevice:
         return f"<CudaDevice {self.card.ordinal} ({self.card.model}), {self.strategy}{', lost' if self.lost else ''}>"
 
 
-def _refusals(visible: Iterable[int], asked: str) -> dict[StrategyName, str]:
-    """Return for each strategy why the cards cannot do it. All count: a card that is only visible can spoil it."""
+def _refusals(own: int, visible: Iterable[int], asked: str) -> dict[StrategyName, str]:
+    """Return for each strategy why the card cannot do it, or one that is only visible spoils it."""
     reasons: dict[StrategyName, str] = dict.fromkeys(_STRATEGIES, "")
     for ordinal in visible:
         attributes = can(ordinal)
         for name, strategy in _STRATEGIES.items():
+            if ordinal != own and not strategy.takes_all_visible:
+                continue
             reason = strategy.why_not(attributes, asked=asked == name)
             if reason and not reasons[name]:
                 reasons[name] = f"cuda:{ordinal}: {reason}"
@@ -302,6 +304,8 @@ def _why_not_together(name: StrategyName, cards: list[CudaDevice], others: list[
             return f"{card.card.name} uses {card._fixed} already"
         if card._asked not in ("auto", name):
             return f"{card.card.name} was asked to use {card._asked}"
+        if card._refusals[name]:
+            return card._refusals[name]
     for other in others:
         if isinstance(other, CudaDevice):
             continue

@@ -66,6 +66,8 @@ class Mark:
         self._card = card
         self._event: Any = None
         pointer = stream_pointer(stream)
+        self.lane = card, pointer
+        """Where it is: while one is not passed, later ones there are not either."""
         with suppress(DeviceLostError):  # noted; it runs nothing any more
             if not card.lost:
                 self._event = self._record(pointer)
@@ -104,6 +106,12 @@ class Mark:
                 return False
             if not self._card.lost:
                 raise
-        with suppress(DeviceError, ReleasedError):
-            self._card.call("cuEventDestroy", self._event)
+        self.drop()
         return True
+
+    def drop(self) -> None:
+        """Ask no more."""
+        if self._event is not None:
+            with suppress(DeviceError, ReleasedError):
+                self._card.call("cuEventDestroy", self._event)
+            self._event = None

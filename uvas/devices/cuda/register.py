@@ -58,6 +58,7 @@ class Register(Strategy):
 
     name = "register"
     placement = "registers"
+    takes_all_visible = True  # a portable registration is made for every card of the process at once
     backings = frozenset(("anonymous", "memfd"))
 
     @staticmethod

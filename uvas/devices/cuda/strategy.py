@@ -30,6 +30,8 @@ class Strategy:
     backings: ClassVar[frozenset[BackingKind]]
     granularity: int = 0
     window: Range | None = None
+    takes_all_visible: ClassVar[bool] = False
+    """Whether every card of the process has to be able to do it, and not only those of the space."""
 
     def __init__(self, card: Card) -> None:
         self.card = card
@@ -58,11 +60,26 @@ class Strategy:
         raise NotImplementedError
 
     def prefetch(self, range: Range, target: Target) -> Callable[[], None]:
-        """Start to move; here there is nothing to move."""
+        """Start to move; here there is nothing to move.
+
+        Raises
+        ------
+        DeviceLostError
+            The card is gone.
+        """
+        self.card.check("prefetch")
         return _nothing_to_wait_for
 
     def advise(self, range: Range, advice: str | None, applies: Target | None) -> None:
-        """Take advice on where pages should be; here they do not move."""
+        """Take advice on where pages should be; here they do not move.
+
+        Raises
+        ------
+        DeviceLostError
+            The card is gone.
+        """
+        if advice in (None, "read_mostly") or applies is not None:  # else it is of another device
+            self.card.check("advise")
 
     def where(self, range: Range) -> npt.NDArray[np.uint32] | None:
         """Tell where the pages are, one number each."""

@@ -443,12 +443,17 @@ class Vmm(Strategy):
             return claim.mappings.touching(range)
 
     def prefetch(self, range: Range, target: Target) -> Callable[[], None]:
-        """Memory stays where it was committed: that is either where it is wanted or a refusal.
+        """Nothing moves: memory stays where it was committed.
+
+        For a card there is nothing to do: it reaches memory on the host, and on other cards, where that is, over the
+        bus. Memory on the host is there for the host.
 
         Raises
         ------
         NotSupportedError
-            Some of it is committed elsewhere, and does not move.
+            It is wanted on the host, and some of it is committed on a card.
+        DeviceLostError
+            The card is gone.
         """
         self.card.check("prefetch")
         if target == "host" and not self.host_reaches(range):

@@ -273,8 +273,8 @@ class OpenCLDevice:
             or there are too many or too few of them.
         ValueError
             Memory is protected against what the kernel may do there (a parameter that is not ``const`` may be written),
-            or OpenCL can do nothing with the sizes, or the kernel is another
-            device's.
+            or an array is not contiguous (in C's or Fortran's order), or OpenCL can do nothing with the sizes, or the
+            kernel is another device's.
         OverflowError
             A number has no room in its parameter.
         DeviceError

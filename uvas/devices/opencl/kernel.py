@@ -12,7 +12,7 @@ import numpy as np
 from uvas._core import fast
 from uvas._core._allocation import Hold
 from uvas.devices.committed import Committed
-from uvas.devices.transport import address_of, described, extent, memory_at
+from uvas.devices.transport import described, extent, memory_at
 from uvas.leases import Lease
 from uvas.ranges import Range
 
@@ -182,13 +182,18 @@ class Kernel:
         low, size = extent(array)
         if size == 0:
             return 0
+        if not array.flags.forc:  # a kernel gets the address only, and would take what lies between for elements
+            raise ValueError(
+                f"{what}: {described(array)} has the strides {array.strides}, of which a kernel knows nothing: pass a "
+                f"contiguous array, or its address and its strides as numbers"
+            )
         need = Need(Range(low, size), wanted, what, array)
         try:
             bound.holds.append(_keeper(array, low, size))
         except ValueError:
             raise TypeError(_elsewhere(need, self._party)) from None
         bound.needs.append(need)
-        return low if array.flags.c_contiguous else address_of(array)
+        return low
 
     def _local(self, argument: Any, what: str) -> Any:
         if isinstance(argument, self._cl.LocalMemory):
