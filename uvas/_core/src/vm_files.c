@@ -83,8 +83,9 @@ int uvas_vm_next_data(int fd, int64_t offset, int64_t *data, int64_t *hole) {
     }
     *data = syscall(SYS_lseek, fd, offset, SEEK_DATA);
     if (*data < 0) {
-        *data = *hole = INT64_MAX;
-        return errno == ENXIO ? 0 : -errno; /* no data from there on */
+        *data = errno == EINVAL ? offset : INT64_MAX; /* a kernel that does not know: all of it may be data */
+        *hole = INT64_MAX;
+        return errno == ENXIO || errno == EINVAL ? 0 : -errno; /* no data from there on */
     }
     *hole = syscall(SYS_lseek, fd, *data, SEEK_HOLE);
     if (*hole <= *data) { /* taken away between the two questions */
