@@ -1,5 +1,7 @@
 /* touch.c: what host and devices do with unified memory in benchmarks/move.py and contend.py: a library, called through uvas.CFunction. */
 #define _GNU_SOURCE
+#include <sched.h>
+
 #include "touch.h"
 
 #define API __attribute__((visibility("default")))
@@ -65,12 +67,14 @@ API uint64_t increment(uint64_t *word, uint64_t begin, uint64_t end) {
     return count;
 }
 
-/* One word counted up in turn: this party's turns are those in which it is even, or odd. Ends at `end`, or soon after the other has. */
+/* One word counted up in turn: this party's turns are those in which it is even, or odd. Ends at `end`, or soon after the other has. Who waits yields: two
+ * who spin on two processors keep the pager from either until the scheduler's next tick. */
 API uint64_t in_turn(uint64_t *word, uint64_t odd, uint64_t begin, uint64_t end) {
     uint64_t count = 0;
     for (uint64_t now = wait_until(begin); now < end; now = note(now)) {
         uint64_t seen = __atomic_load_n(word, __ATOMIC_ACQUIRE);
         while ((seen & 1) != odd && bench_ns() < end) {
+            (void)sched_yield();
             seen = __atomic_load_n(word, __ATOMIC_ACQUIRE);
         }
         if ((seen & 1) == odd) {
