@@ -45,6 +45,8 @@ class _Process:
         self.pending: list[tuple[list[Mark | _Later], int, object]] = []
         """Marks to pass, the arena's handle, and what then gives the memory back by going."""
         self.used: dict[int, _Use] = {}
+        self.kept: set[_Kept] = set()
+        """To keep them. Whoever makes one adds it, whoever works off what finalizers left takes it away."""
 
 
 class _Use(Trace):
@@ -77,12 +79,8 @@ class _Kept(Trace):
 
     def end(self) -> None:
         """Keep it until the streams have come so far."""
-        _traces.discard(self)
+        _process.kept.discard(self)
         _look_first([_Later(self.streams)], self.arena_id, self.alive)
-
-
-_traces: set[_Kept] = set()
-"""To keep them."""
 
 
 class _Keeper:
@@ -260,7 +258,7 @@ def keep(what: object, address: int, arena_id: int) -> object:
     keeper = _Keeper(what)
     trace = _Kept.of(keeper, None, what)
     trace.arena_id, trace.streams = arena_id, [current(_cards_that_see(address))]
-    _traces.add(trace)
+    _process.kept.add(trace)
     return keeper
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from errno import EBUSY
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NoReturn, Self, TypeVar
@@ -22,7 +23,7 @@ from uvas.arguments import Window, as_choice, as_label, as_size, as_where, as_wi
 from uvas.audit import inspect_space
 from uvas.devices.adapter import Party, raise_answer
 from uvas.devices.base import Device
-from uvas.errors import NotSupportedError, ReleasedError
+from uvas.errors import NotSupportedError, ReleasedError, UvasError
 from uvas.leases import Errand, enqueue, generation, live, start_reaper, work_off
 from uvas.leases import find as find_held
 from uvas.movement import Advice, MovementStats, Placeable
@@ -557,7 +558,9 @@ class AddressSpace:
         code = lib.uvas_space_close(self._cell[0])
         if code == -EBUSY:
             gc.collect()
-            ordered.collect(wait=True)  # of arenas that were left by `with` streams may use the last blocks
+            if ordered.cards_of(self.devices):  # of arenas that were left by `with` streams may use the last blocks
+                with suppress(UvasError):  # a stream is being captured, say: then it stays in use
+                    ordered.collect(wait=True)
             work_off()  # an arena that was in a cycle
             code = lib.uvas_space_close(self._cell[0])
         if code == -EBUSY:

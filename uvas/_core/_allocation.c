@@ -565,18 +565,14 @@ static PyObject *fail(Allocator *self, int rc, size_t size) {
     return raise_object(PyObject_CallMethod((PyObject *)self, "_failed", "in", rc, (Py_ssize_t)size));
 }
 
-/* Lets a new block note the stream that is current, where there are any. Takes the reference; NULL with an exception set: the block has gone. */
-static PyObject *note(Allocator *self, PyObject *block) {
+/* Lets a new block note the stream that is current, where there are any. 0, or -1 with an exception set. */
+static int note(Allocator *self, PyObject *block) {
     if (!atomic_load_explicit(&self->core->ordered, memory_order_relaxed)) {
-        return block;
+        return 0;
     }
     PyObject *done = PyObject_CallMethod((PyObject *)self, "_note", "O", block);
-    if (!done) {
-        Py_DECREF(block);
-        return NULL;
-    }
-    Py_DECREF(done);
-    return block;
+    Py_XDECREF(done);
+    return done ? 0 : -1;
 }
 
 /* What finalizers owe comes first, and what streams have done with. -1 with an exception set, also where there are no more blocks to be had. */
@@ -666,7 +662,10 @@ static PyObject *allocator_alloc(Allocator *self, PyObject *const *arguments, Py
     }
     block->base = base;
     block->size = size;
-    return note(self, (PyObject *)block);
+    if (note(self, (PyObject *)block) < 0) {
+        Py_CLEAR(block);
+    }
+    return (PyObject *)block;
 }
 
 /* A list of blocks for memory that has been allocated, or NULL: then the memory is given back. */
@@ -738,10 +737,8 @@ static PyObject *allocator_alloc_many(Allocator *self, PyObject *asked) {
     if (rc == 0) {
         blocks = blocks_make(self, bases, sizes, count);
         for (Py_ssize_t i = 0; blocks && i < count; i++) {
-            if (!note(self, Py_NewRef(PyList_GetItem(blocks, i)))) {
+            if (note(self, PyList_GetItem(blocks, i)) < 0) {
                 Py_CLEAR(blocks);
-            } else {
-                Py_DECREF(PyList_GetItem(blocks, i)); /* the list has its own */
             }
         }
     } else {

@@ -250,14 +250,12 @@ _Static_assert(sizeof(struct uvas_bin) == 256, "a bin is found by a shift");
 
 #define UVAS_NO_ARENA UINT64_MAX /* no id, also not 0, which callers may have */
 
-enum { UVAS_DOOR_OPEN = 0, UVAS_DOOR_AJAR = 1, UVAS_DOOR_SHUT = 2 };
-
 struct uvas_heap {
-    /* The door. `inside`: written by the owner only, 1 while it works in here. `door`, `open_to`: written under the arena's door by who shuts it.
+    /* The door. `inside`: written by the owner only, 1 while it works in here. `shut`, `open_to`: written under the arena's door by who shuts it.
      * Each side writes its word, then reads the other's; which needs a full barrier between, and that is the other side's (membarrier). */
     _Atomic uint32_t inside;
-    _Atomic uint32_t door;   /* UVAS_DOOR_... */
-    _Atomic uvas_id open_to; /* the arena's id while the door is open; UVAS_NO_ARENA: it is not, or the heap is of no arena */
+    atomic_bool shut;
+    _Atomic uvas_id open_to; /* the arena's id while the door is open; UVAS_NO_ARENA: it is shut or ajar, or the heap is of no arena */
     _Atomic uvas_id arena_id; /* UVAS_NO_ARENA: of none now. Changed by the owner, or with the door shut */
     /* Where the last block that this thread freed lay: base, bytes and map of that region. The owner's */
     uintptr_t near_base;
@@ -416,7 +414,7 @@ static inline bool uvas_heap_enter(struct uvas_heap *heap, uvas_id id) {
 /* The same with the barrier on this side, for slower ways: also through a door that is ajar, and whoever's the heap is. */
 static inline bool uvas_heap_enter_fenced(struct uvas_heap *heap) {
     (void)atomic_exchange_explicit(&heap->inside, 1, memory_order_seq_cst);
-    if (atomic_load_explicit(&heap->door, memory_order_seq_cst) != UVAS_DOOR_SHUT) {
+    if (!atomic_load_explicit(&heap->shut, memory_order_seq_cst)) {
         return true;
     }
     atomic_store_explicit(&heap->inside, 0, memory_order_release);

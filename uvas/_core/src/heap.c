@@ -29,7 +29,7 @@ void uvas_doors_shut(struct uvas_arena *arena) {
     (void)pthread_mutex_lock(&arena->door);
     for (struct uvas_heap *heap = arena->heaps; heap; heap = heap->next) {
         atomic_store_explicit(&heap->open_to, UVAS_NO_ARENA, memory_order_seq_cst);
-        atomic_store_explicit(&heap->door, UVAS_DOOR_SHUT, memory_order_seq_cst);
+        atomic_store_explicit(&heap->shut, true, memory_order_seq_cst);
     }
     if (asymmetric && arena->heaps) {
         uvas_vm_barrier(); /* made with the door's lock held, as fork is: it asks nobody and takes microseconds */
@@ -43,7 +43,7 @@ void uvas_doors_shut(struct uvas_arena *arena) {
 
 void uvas_door_unshut(struct uvas_heap *heap) {
     bool open = asymmetric && !heap->hardened;
-    atomic_store_explicit(&heap->door, open ? UVAS_DOOR_OPEN : UVAS_DOOR_AJAR, memory_order_release);
+    atomic_store_explicit(&heap->shut, false, memory_order_release);
     atomic_store_explicit(&heap->open_to, open ? atomic_load_explicit(&heap->arena_id, memory_order_relaxed) : UVAS_NO_ARENA, memory_order_release);
 }
 
