@@ -401,6 +401,27 @@ def test_a_cache_that_the_callback_refers_to_goes_with_the_arena(space: uvas.Add
     assert uvas.allocation_of(base) is None
 
 
+def test_a_stream_that_cannot_be_asked_for_costs_no_block(arena: uvas.Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+
+    def note(self: uvas.Arena, block: object) -> None:
+        told.append(id(block))
+        if len(told) == 3:
+            raise InterruptedError("the driver is gone")
+
+    monkeypatch.setattr(uvas.Arena, "_note", note)
+    arena._core.order(True)
+    kept = arena.alloc(100)
+    with pytest.raises(InterruptedError):
+        arena.alloc_many([100, 200, 300])
+    told[:] = [0, 0]
+    with pytest.raises(InterruptedError):
+        arena.alloc(100)
+    arena._core.order(False)
+    assert arena.stats().live_blocks == 1
+    kept.free()
+
+
 # ---- whose address is it ---------------------------------------------------------------------------------------------
 
 
