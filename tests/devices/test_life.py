@@ -127,13 +127,14 @@ def test_without_a_descriptor_to_be_had_nothing_is_left():
     while fillers[-1] < highest:
         fillers.append(os.dup(1))
     highest = max(highest, fillers[-1])
-    failures = 0
+    failures, limits = 0, set()
     for room in range(16):
         before = machine.descriptors()
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + room, hard))
         try:
             device = uvas.ProcessDevice()
-        except OSError:
+        except uvas.LimitReachedError as error:
+            limits.add(error.limit)
             device = None
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -146,6 +147,7 @@ def test_without_a_descriptor_to_be_had_nothing_is_left():
     for one in fillers:
         os.close(one)
     assert 3 < failures < 16
+    assert limits == {"RLIMIT_NOFILE"}
 
 
 # ---- the end ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from uvas.devices.calls import Call, Calls
@@ -41,6 +42,17 @@ def _no_descriptors() -> LimitReachedError:
     return LimitReachedError("RLIMIT_NOFILE", soft, "close descriptors or raise the limit (ulimit -n)")
 
 
+@contextlib.contextmanager
+def _naming_the_limit() -> Iterator[None]:
+    """Name the limit where this process may have no more descriptors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise _no_descriptors() from None
+        raise
+
+
 class Link:
     """A worker, from its start to its burial. Whoever makes one holds interrupts back until it knows whom to tell.
 
@@ -51,6 +63,8 @@ class Link:
 
     Raises
     ------
+    LimitReachedError
+        This process may have no more descriptors.
     OSError, RuntimeError
         The worker cannot be started; see `launch`.
     """
@@ -63,7 +77,7 @@ class Link:
         self._hello: BaseException | None = None
         self._complaints = ""
         self._ended = threading.Event()
-        with contextlib.ExitStack() as on_failure:
+        with _naming_the_limit(), contextlib.ExitStack() as on_failure:
             self._launched = launch(self.name)
             self._process = self._launched.process
             self.pid = self._process.pid
@@ -128,12 +142,8 @@ class Link:
         LimitReachedError
             This process may have no more.
         """
-        try:
+        with _naming_the_limit():
             ours, theirs = socket.socketpair()
-        except OSError as error:
-            if error.errno == errno.EMFILE:
-                raise _no_descriptors() from None
-            raise
         with ours, theirs:
             self.collect(verb, self.send(verb, descriptor=theirs.fileno()))
             _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)

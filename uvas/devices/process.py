@@ -84,8 +84,10 @@ class ProcessDevice:
     NotSupportedError
         `memory` is ``private`` and this process may not use userfaultfd, or the kernel's lacks something; the remedy
         says what would help.
+    LimitReachedError
+        This process may have no more descriptors.
     OSError
-        There is no process or no descriptor to be had.
+        There is no process to be had.
     RuntimeError
         This process is itself a worker that is importing ``__main__``: that lacks its ``if __name__ == "__main__":``.
 
