@@ -121,6 +121,7 @@ def test_no_such_interpreter_leaves_nothing(monkeypatch):
 def test_without_a_descriptor_to_be_had_nothing_is_left():
     import resource
 
+    make = uvas.ProcessDevice  # imported while there are descriptors
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))
     fillers = [os.dup(1)]  # of the numbers below the highest that are free
@@ -132,7 +133,7 @@ def test_without_a_descriptor_to_be_had_nothing_is_left():
         before = machine.descriptors()
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + room, hard))
         try:
-            device = uvas.ProcessDevice()
+            device = make()
         except uvas.LimitReachedError as error:
             limits.add(error.limit)
             device = None
