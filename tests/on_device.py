@@ -179,8 +179,9 @@ def spins_until(path: str) -> int:
     return rounds
 
 
-def kill_yourself(how: str) -> None:
-    """End at once."""
+def kill_yourself(how: str, after_s: float = 0) -> None:
+    """End, at once or after so many seconds."""
+    time.sleep(after_s)
     if how == "exit":
         os._exit(7)
     os.kill(os.getpid(), getattr(signal, how))

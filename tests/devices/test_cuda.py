@@ -895,11 +895,12 @@ def test_close_is_idempotent_and_gives_back_what_it_owns(plug):
 
 
 def test_closed_in_the_middle_of_a_call(plug):
-    """As by another thread: the call gives back what it has taken itself, and no more."""
+    """As by another thread: the context stays for the call, which then lets go of it, once."""
     fake = plug(*cards(HMM_CARD))
     device = uvas.CudaDevice()
     with device.card.current():
         device.close()
+        assert fake.cards[0].retained == 1
     assert fake.cards[0].retained == 0
     with device.card.current():
         assert fake.cards[0].retained == 1

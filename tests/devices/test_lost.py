@@ -150,7 +150,7 @@ def test_many_threads_that_wait_are_all_told(doomed, pipe):
 )
 def test_a_function_that_ends_the_worker(doomed, how, code, said):
     device, _, _ = doomed
-    at_work = device.submit(on_device.kill_yourself, how)
+    at_work = device.submit(on_device.kill_yourself, how, 0.2)  # the next one is submitted before
     after = device.submit(on_device.double, 1)
     for future in (at_work, after):
         error = future.exception(30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -74,7 +75,10 @@ class Card:
         """Where memory of its own is mapped; lost with it."""
         self.model = name_of(ordinal)
         handle = self._handle = self._ask("cuDeviceGet", ordinal)
+        self._lock = threading.Lock()  # of the next two; never held over a call
         self._open = True
+        self._inside = 0
+        """Calls that use the context which an open card holds: the last of them lets go of it where it was closed."""
         with Undo() as undo:
             self._context = self._ask("cuDevicePrimaryCtxRetain", handle)
             undo.push(lambda: self._ask("cuDevicePrimaryCtxRelease", handle))
@@ -133,16 +137,30 @@ class Card:
         A card that is closed holds its context only meanwhile: memory outlives a ``with`` block where arrays do, and
         others may run kernels on it still.
         """
-        held = self._open  # as it is now: another thread may close the card meanwhile
+        with self._lock:
+            held = self._open
+            self._inside += held
         if not held:
             self._context = self.call("cuDevicePrimaryCtxRetain", self._handle)
         try:
             with self._pushed():
                 yield
         finally:
-            if not held:
-                with suppress(UvasError):
-                    self.call("cuDevicePrimaryCtxRelease", self._handle)
+            if held:
+                self._leave()
+            else:
+                self._release()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            last = not self._open and self._inside == 0
+        if last:
+            self._release()
+
+    def _release(self) -> None:
+        with suppress(UvasError):
+            self.call("cuDevicePrimaryCtxRelease", self._handle)
 
     @contextmanager
     def _pushed(self) -> Iterator[None]:
@@ -217,11 +235,14 @@ class Card:
 
     def close(self) -> None:
         """Let go of the context. Idempotent; nothing is called where no call may be made."""
-        if not self._open:
+        if not driver.usable():
+            self._open = False
             return
-        if driver.usable():
-            with suppress(UvasError), self.current():
-                self.call("cuStreamDestroy", self.stream)
-            with suppress(UvasError):
-                self.call("cuDevicePrimaryCtxRelease", self._handle)
-        self._open = False
+        with self._lock:
+            was_open, self._open = self._open, False
+            self._inside += was_open  # this call, too
+        if not was_open:
+            return
+        with suppress(UvasError), self._pushed():
+            self.call("cuStreamDestroy", self.stream)
+        self._leave()
