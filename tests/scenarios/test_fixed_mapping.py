@@ -10,6 +10,7 @@ import ctypes
 import errno
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machine import ARENA, KERNELS, MIB, NOREPLACE, PAGE, Stranger, kernel, libc, mappings, unmap
+from machine import ARENA, KERNELS, MIB, NOREPLACE, PAGE, Stranger, kernel, libc, map_at, mappings, unmap
 
 import uvas
 
@@ -283,34 +284,59 @@ def test_13_nothing_is_chosen_just_below_a_mapping_of_somebody_else(kernel_name:
     )
 
 
+AT_MAX_MAP_COUNT = """
+            limit = int(open("/proc/sys/vm/max_map_count").read())
+            if limit > 200_000:
+                raise SystemExit(0)  # too many to fill
+            stranger = Stranger(ARENA, PAGE)
+            filler = ARENA + 16 * MIB
+            while map_at(filler, PAGE, 0):
+                filler += 2 * PAGE
+            while libc.malloc(12_000):
+                pass  # nor does the heap have what the kernel has not
+"""
+
+
 @every_kernel
 def test_14_at_max_map_count(kernel_name: str) -> None:
     run_alone(
         kernel_name,
-        """
-        limit = int(open("/proc/sys/vm/max_map_count").read())
-        if limit > 200_000:
-            raise SystemExit(0)  # too many to fill
-        stranger = Stranger(ARENA, PAGE)
-        filler = ARENA + 16 * MIB
-        while map_at(filler, PAGE, 0):
-            filler += 2 * PAGE
-        try:
-            space.reserve(PAGE, at=ARENA)
-        except uvas.AddressInUseError as error:
-            assert f"{ARENA:x}-" in error.owner
-        else:
-            raise SystemExit("not refused")
-        try:
-            space.reserve(PAGE, at=ARENA + 12 * MIB)
-        except uvas.LimitReachedError as error:
-            assert error.limit == "max_map_count" and error.value == limit, error
-            assert "max_map_count" in error.remedy
-        except uvas.AddressInUseError as error:
-            assert "moved by the kernel" in error.owner, error
-        else:
-            raise SystemExit("not refused")
-        assert stranger.intact()
+        f"""
+            space.reserve(PAGE, at=ARENA).release()
+            {AT_MAX_MAP_COUNT}
+            try:
+                space.reserve(PAGE, at=ARENA)
+            except uvas.AddressInUseError as error:
+                assert f"{{ARENA:x}}-" in error.owner
+            else:
+                raise SystemExit("not refused")
+            try:
+                space.reserve(PAGE, at=ARENA + 12 * MIB)
+            except uvas.LimitReachedError as error:
+                assert error.limit == "max_map_count" and error.value == limit, error
+                assert "max_map_count" in error.remedy
+            except uvas.AddressInUseError as error:
+                assert "moved by the kernel" in error.owner, error
+            else:
+                raise SystemExit("not refused")
+            assert stranger.intact()
+        """,
+    )
+
+
+def test_14_bookkeeping_that_is_refused_at_max_map_count_has_the_same_name() -> None:
+    run_alone(
+        "noreplace",
+        f"""
+            {AT_MAX_MAP_COUNT}
+            for ask in (lambda: space.reserve(PAGE), lambda: space.adopt(ARENA, PAGE, owner="a stranger")):
+                try:
+                    ask()
+                except uvas.LimitReachedError as error:
+                    assert error.limit == "max_map_count" and error.value == limit, error
+                else:
+                    raise SystemExit("not refused")
+            assert stranger.intact()
         """,
     )
 
@@ -432,3 +458,26 @@ def test_a_misaligned_descriptor_where_shared_memory_is_aligned() -> None:
             odd.commit()
         held.release()
         odd.release()
+
+
+def test_a_mapping_whose_path_is_longer_than_any_buffer_hides_nobody(tmp_path: Path) -> None:
+    """Directories made one inside the other have no greatest depth, and each is named in the kernel's text."""
+    with contextlib.ExitStack() as undo:
+        inside = os.open(tmp_path, os.O_PATH)
+        undo.callback(shutil.rmtree, tmp_path / ("d" * 250))
+        undo.callback(lambda: os.close(inside))
+        for _ in range(100):
+            os.mkdir("d" * 250, dir_fd=inside)
+            above, inside = inside, os.open("d" * 250, os.O_PATH, dir_fd=inside)
+            os.close(above)
+        fd = os.open("file", os.O_RDWR | os.O_CREAT, dir_fd=inside)
+        undo.callback(os.close, fd)
+        os.ftruncate(fd, PAGE)
+        assert map_at(ARENA, PAGE, fd=fd)
+        undo.callback(unmap, ARENA, PAGE)
+        with kernel("noreplace", lacks=1), Stranger(ARENA + 2 * PAGE, PAGE), uvas.AddressSpace() as space:
+            for at, owner in ((ARENA, f" {tmp_path}/ddd"), (ARENA + 2 * PAGE, "anonymous memory")):
+                with pytest.raises(uvas.AddressInUseError) as caught:
+                    space.reserve(PAGE, at=at)
+                assert f"{at:x}-{at + PAGE:x} rw-p" in caught.value.owner
+                assert owner in caught.value.owner

@@ -181,7 +181,7 @@ def test_too_few_descriptors_for_a_worker_is_a_no():
     checks, kinds = diagnosis(few, code=1)
     assert checks["host"]["state"] == "good"
     assert kinds["ProcessDevice"]["state"] == "missing"
-    assert "Too many open files" in kinds["ProcessDevice"]["probed"]
+    assert "RLIMIT_NOFILE of 8 is reached" in kinds["ProcessDevice"]["probed"]
     assert "ulimit -n" in kinds["ProcessDevice"]["remedy"]
     done = doctor(few)
     assert done.returncode == 1

@@ -105,7 +105,7 @@ int uvas_fail_limit(uintptr_t base, size_t size, const char *limit, uint64_t val
     failure->value = value;
     (void)snprintf(failure->what, sizeof failure->what, "%s", limit);
     (void)snprintf(failure->remedy, sizeof failure->remedy, "%s", remedy);
-    if (size == 0) {
+    if (size == 0 || base == 0) {
         return uvas_fail_say(failure, "%s of %llu is reached: %s", limit, (unsigned long long)value, remedy);
     }
     return uvas_fail_say(failure, "%s of %llu is reached at [0x%lx, 0x%lx): %s", limit, (unsigned long long)value, base, base + size, remedy);
@@ -114,6 +114,9 @@ int uvas_fail_limit(uintptr_t base, size_t size, const char *limit, uint64_t val
 int uvas_fail_memory(uintptr_t base, size_t size, const char *device) {
     struct uvas_failure *failure = fail_at(UVAS_FAILURE_MEMORY, -ENOMEM, base, size);
     (void)snprintf(failure->what, sizeof failure->what, "%s", device);
+    if (base == 0) { /* no range has it: what is lacking is bookkeeping, or a device's memory as a whole */
+        return uvas_fail_say(failure, "%s has no memory for %zu bytes", device, size);
+    }
     return uvas_fail_say(failure, "%s has no memory for [0x%lx, 0x%lx), %zu bytes: the addresses are there, what should be behind them is not",
                          device, base, base + size, size);
 }

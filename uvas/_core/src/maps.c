@@ -1,4 +1,5 @@
-/* maps.c: see maps.h. The text is read in blocks and cut into lines; a line longer than a block's rest is moved to its front. */
+/* maps.c: see maps.h. The text is read in blocks and cut into lines; a line longer than a block's rest is moved to its front. The block is on
+ * the stack: who asks may be at max_map_count, where the heap does not grow. */
 #include "maps.h"
 
 #include <assert.h>
@@ -7,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define BLOCK_BYTES ((size_t)64 << 10)
+#define BLOCK_BYTES ((size_t)16 << 10)
 #define FIRST_SNAPSHOT ((size_t)512)
 
 struct line {
@@ -63,7 +64,8 @@ static bool parse(const char *text, struct line *line) {
     return start < end;
 }
 
-static int scan_block(int fd, char *block, visit_line *visit, void *context) {
+static int scan_open(int fd, visit_line *visit, void *context) {
+    char block[BLOCK_BYTES];
     size_t held = 0;
     for (;;) {
         long got = uvas_vm_read(fd, block + held, BLOCK_BYTES - 1 - held);
@@ -85,6 +87,9 @@ static int scan_block(int fd, char *block, visit_line *visit, void *context) {
         }
         held = (size_t)(block + held - from);
         memmove(block, from, held);
+        if (held == BLOCK_BYTES - 1) { /* a path of many times PATH_MAX: it loses its middle, the line nothing else */
+            held = BLOCK_BYTES / 2;
+        }
     }
 }
 
@@ -93,9 +98,7 @@ static int scan(visit_line *visit, void *context) {
     if (fd < 0) {
         return fd;
     }
-    char *block = malloc(BLOCK_BYTES);
-    int rc = block ? scan_block(fd, block, visit, context) : -ENOMEM;
-    free(block);
+    int rc = scan_open(fd, visit, context);
     uvas_vm_close(fd);
     return rc;
 }

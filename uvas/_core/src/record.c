@@ -35,7 +35,7 @@ int uvas_record_make(uvas_id space_id, uint32_t kind, size_t size, const char *n
     struct uvas_record *record = uvas_slots_take(&uvas_record_slots);
     if (!record) {
         uvas_space_leave(space);
-        return uvas_fail_memory(0, size, "the host");
+        return -ENOMEM;
     }
     record->kind = kind;
     record->state = UVAS_RESERVING;

@@ -158,7 +158,7 @@ UVAS_FLAT int try_at(struct uvas_record *record, uintptr_t base, struct uvas_obs
     struct uvas_space *space = record->space;
     struct uvas_entry taken;
     if (uvas_registry_lock_for_insert() < 0) {
-        return uvas_fail_memory(base, record->size, "the host");
+        return uvas_limits_explain(base, record->size);
     }
     *from_registry = uvas_registry_insert(base, base + record->size, record->id | UVAS_REGISTRY_HIDDEN, &taken) < 0;
     space->stats.registry_conflicts += *from_registry;
@@ -347,7 +347,7 @@ int uvas_reserve(uvas_id space_id, size_t size, const struct uvas_where *where, 
     struct uvas_recent recent = rc < 0 ? (struct uvas_recent){0} : record->space->recent;
     uvas_registry_unlock();
     if (rc < 0) {
-        return rc;
+        return rc == -ENOMEM ? uvas_limits_explain(0, size) : rc;
     }
     rc = understand(record->space, size, where, &demand);
     if (rc == 0) {
@@ -384,11 +384,11 @@ int uvas_adopt(uvas_id space_id, uintptr_t base, size_t size, const char *owner,
     rc = uvas_record_make(space_id, UVAS_ADOPTION, size, owner, &record);
     uvas_registry_unlock();
     if (rc < 0) {
-        return rc;
+        return rc == -ENOMEM ? uvas_limits_explain(base, size) : rc;
     }
     const struct attempt nothing_done = {false, false, false};
     if (uvas_registry_lock_for_insert() < 0) {
-        return give_up(record, &nothing_done, uvas_fail_memory(base, size, "the host"));
+        return give_up(record, &nothing_done, uvas_limits_explain(base, size));
     }
     struct uvas_entry taken;
     record->base = base;

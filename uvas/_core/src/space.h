@@ -185,7 +185,7 @@ int uvas_hold(uintptr_t base, size_t size, int tag);
 
 /* -- record.c: under the lock -- */
 
-/* Enters the space and puts a new record into its list. The lock may be dropped and taken again. */
+/* Enters the space and puts a new record into its list. The lock may be dropped and taken again. -ENOMEM is not said: why takes files. */
 int uvas_record_make(uvas_id space_id, uint32_t kind, size_t size, const char *name, struct uvas_record **out);
 void uvas_record_publish(struct uvas_record *record); /* it is what was asked for: lives, is found and counted; its space is left */
 void uvas_record_unlink(struct uvas_record *record);  /* off its space's list */
