@@ -31,7 +31,7 @@ from uvas.arguments import as_choice, as_label, as_number, as_size
 from uvas.devices.adapter import raise_answer
 from uvas.devices.transport import address_of
 from uvas.errors import OutOfMemoryError, ReleasedError, UvasError
-from uvas.leases import enqueue, generation, put_errand, represent, start_reaper, work_off
+from uvas.leases import enqueue, generation, put_errand, represent, start_reaper, work_off, work_off_with_others
 from uvas.measurement import Measurement as Measurement
 from uvas.measurement import Measuring
 from uvas.ranges import Range
@@ -421,11 +421,15 @@ class Arena(core.Allocator):
             raise raise_answer(code)
 
     def _try_to_close(self) -> int:
-        """Close it if nothing uses it, collecting cycles that may, and waiting for streams; return what C says."""
+        """Close it if nothing uses it; return what C says.
+
+        Cycles that may are collected, and waited for are streams, and other threads that are giving blocks back.
+        """
         ordered.collect(self._core.id, wait=True)
         code = -EBUSY if self._core.use(0) else self._core.close()
         if code == -EBUSY:
             gc.collect()
+            work_off_with_others()
             ordered.collect(self._core.id, wait=True)
             code = -EBUSY if self._core.use(0) else self._core.close()
         if code == 0:

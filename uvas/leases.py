@@ -3,7 +3,8 @@
 An array over a reservation has a `Lease` as its base, so the lease lives as long as any view of the array. Finalizers
 take no lock and make no system call: they end the lease in C, lock-free, and put what is to be done on a queue. The
 queue is worked off by a thread (`start_reaper`, once somebody left a ``with`` block under a live array) and by the
-verbs of a space that make, count or end reservations (`work_off`).
+verbs of a space that make, count or end reservations (`work_off`). Whoever closes something waits for what others have
+taken from the queue and not done yet (`work_off_with_others`): what nobody has any more is not in use.
 
 An interrupt may come in the middle of a finalizer, which then is not run again. So each object that owns something of
 the core leaves a `Trace`: a weak reference which, when the object goes, is put on the same queue by C code, where no
@@ -15,6 +16,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
 
 Errand = tuple[Callable[[int], int], int, object]
 """A function of the core, the id to call it with, and what must live until then. Nobody learns what it answers."""
+
+_PATIENCE_S = 1.0
+"""How long to wait for other threads: what they do may wait for a device, or for the thread that waits for them."""
+
+_STEP_S = 0.0002
 
 
 class Trace(weakref.ref[Any]):
@@ -105,6 +112,10 @@ class _Process:
         self.errands: SimpleQueue[Errand | Trace] = SimpleQueue()  # put is reentrant: finalizers may interrupt it
         self.reaper: threading.Thread | None = None
         self.starting = threading.Lock()
+        self.at_work: dict[int, object] = {}
+        """Of each thread, the reaper aside, that may have an errand in hand: a token, another one for each errand."""
+        self.rounds = 0
+        """How many errands the reaper has done, which sleeps in taking one. Written by it alone."""
 
 
 _process = _Process()
@@ -127,21 +138,65 @@ def put_errand() -> Callable[[Any], object]:
 
 def work_off() -> None:
     """Do what finalizers left."""
-    errands = _process.errands
-    if errands.empty():
+    process = _process
+    if process.errands.empty():
+        return
+    me = threading.get_ident()
+    if me in process.at_work:  # an errand asks for it
+        _do_all(process.errands, lambda: None)
         return
     with held_back():  # what has been taken from the queue is done, or put back
-        while not errands.empty():
-            try:
-                errand = errands.get_nowait()
-            except Empty:
-                return
-            try:
-                _do(errand)
-            except BaseException:
-                if isinstance(errand, Trace) or not isinstance(errand[2], allocation.Core):
-                    errands.put(errand)  # done twice is done once: handles are never used again; addresses are
-                raise
+        try:
+            _do_all(process.errands, lambda: process.at_work.__setitem__(me, object()))
+        finally:
+            process.at_work.pop(me, None)
+
+
+def _do_all(errands: SimpleQueue[Errand | Trace], before_taking: Callable[[], None]) -> None:
+    while not errands.empty():
+        before_taking()
+        try:
+            errand = errands.get_nowait()
+        except Empty:
+            return
+        try:
+            _do(errand)
+        except BaseException:
+            if isinstance(errand, Trace) or not isinstance(errand[2], allocation.Core):
+                errands.put(errand)  # done twice is done once: handles are never used again; addresses are
+            raise
+
+
+def work_off_with_others() -> None:
+    """Do what finalizers left, and wait for what other threads have in hand of it: for a second, if it takes that long.
+
+    Twice: an arena's last block leaves the arena's end to be done. Nothing follows from that.
+    """
+    until = time.monotonic() + _PATIENCE_S
+    for _ in range(2):
+        work_off()
+        _wait_for_others(until)
+    work_off()
+
+
+def _wait_for_others(until: float) -> None:
+    process, me = _process, threading.current_thread()
+    rounds = process.rounds
+    tokens = [(thread, token) for thread, token in process.at_work.copy().items() if thread != me.ident]
+
+    def somebody_is_at_it() -> bool:
+        if process.reaper not in (None, me) and process.rounds == rounds:
+            return True  # as far as is known, until it has come round
+        return any(process.at_work.get(thread) is token for thread, token in tokens)
+
+    while somebody_is_at_it() and time.monotonic() < until:
+        if process.errands.empty():
+            process.errands.put((_nothing, 0, None))
+        time.sleep(_STEP_S)
+
+
+def _nothing(_number: int) -> int:
+    return 0
 
 
 def _do(errand: Errand | Trace) -> None:
@@ -157,15 +212,19 @@ def start_reaper() -> None:
     process = _process
     with process.starting:
         if process.reaper is None:
-            process.reaper = threading.Thread(target=_reap, args=(process.errands,), name="uvas-reaper", daemon=True)
+            process.reaper = threading.Thread(target=_reap, args=(process,), name="uvas-reaper", daemon=True)
             process.reaper.start()
 
 
-def _reap(errands: SimpleQueue[Errand | Trace]) -> None:
+def _reap(process: _Process) -> None:
     while True:
-        errand = errands.get()
-        _do(errand)
+        errand = process.errands.get()
+        try:
+            _do(errand)
+        except Exception:  # told as any thread's last words are; the others' errands are done all the same
+            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
         del errand
+        process.rounds += 1
 
 
 def _begin_anew() -> None:

@@ -19,7 +19,7 @@ from uvas._core import ffi, lib
 from uvas.arguments import as_elements, as_size
 from uvas.devices.adapter import located, raise_answer
 from uvas.interop.view import card_of, cupy_view
-from uvas.leases import Errand, Lease, ReservationTrace, enqueue, generation, live, start_reaper, work_off
+from uvas.leases import Errand, Lease, ReservationTrace, enqueue, generation, live, start_reaper, work_off_with_others
 from uvas.protection import protection_bits
 from uvas.ranges import Range
 
@@ -395,8 +395,7 @@ class Reservation(_Held):
                 return bits
         return bits
 
-    # ---- the end
-    # -------------------------------------------------------------------------------------------------------
+    # ---- the end -----------------------------------------------------------------------------------------------------
 
     def release(self) -> None:
         """Give memory and addresses back, on every party, exactly once.
@@ -418,7 +417,7 @@ class Reservation(_Held):
         code = call()
         if code == -EBUSY:
             gc.collect()
-            work_off()  # an array whose finalizer was interrupted
+            work_off_with_others()  # an array whose finalizer was interrupted
             code = call()
         if code == -EBUSY:
             refusal = raise_answer(code)

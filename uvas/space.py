@@ -24,7 +24,7 @@ from uvas.audit import inspect_space
 from uvas.devices.adapter import Party, raise_answer
 from uvas.devices.base import Device
 from uvas.errors import NotSupportedError, ReleasedError, UvasError
-from uvas.leases import Errand, enqueue, generation, live, start_reaper, work_off
+from uvas.leases import Errand, enqueue, generation, live, start_reaper, work_off, work_off_with_others
 from uvas.leases import find as find_held
 from uvas.movement import Advice, MovementStats, Placeable
 from uvas.ranges import Range
@@ -561,7 +561,7 @@ class AddressSpace:
             if ordered.cards_of(self.devices):  # of arenas that were left by `with` streams may use the last blocks
                 with suppress(UvasError):  # a stream is being captured, say: then it stays in use
                     ordered.collect(wait=True)
-            work_off()  # an arena that was in a cycle
+            work_off_with_others()  # an arena that was in a cycle, or is being closed
             code = lib.uvas_space_close(self._cell[0])
         if code == -EBUSY:
             refusal = raise_answer(code)
@@ -593,6 +593,9 @@ class AddressSpace:
         gc.collect()
         work_off()
         code = lib.uvas_space_close(self._cell[0])
+        if code == -EBUSY:
+            work_off_with_others()
+            code = lib.uvas_space_close(self._cell[0])
         if code != -EBUSY:
             if code < 0 and error is None:
                 raise raise_answer(code)
