@@ -18,7 +18,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Self
 
@@ -113,7 +114,7 @@ class _Process:
         self.reaper: threading.Thread | None = None
         self.starting = threading.Lock()
         self.at_work: dict[int, object] = {}
-        """Of each thread, the reaper aside, that may have an errand in hand: a token, another one for each errand."""
+        """Of each thread that may have something in hand, but for the reaper's errands: a token, each time another."""
         self.rounds = 0
         """How many errands the reaper has done, which sleeps in taking one. Written by it alone."""
 
@@ -138,33 +139,40 @@ def put_errand() -> Callable[[Any], object]:
 
 def work_off() -> None:
     """Do what finalizers left."""
-    process = _process
-    if process.errands.empty():
-        return
-    me = threading.get_ident()
-    if me in process.at_work:  # an errand asks for it
-        _do_all(process.errands, lambda: None)
+    errands = _process.errands
+    if errands.empty():
         return
     with held_back():  # what has been taken from the queue is done, or put back
-        try:
-            _do_all(process.errands, lambda: process.at_work.__setitem__(me, object()))
-        finally:
-            process.at_work.pop(me, None)
+        while not errands.empty():
+            with in_hand():
+                _do_one(errands)
 
 
-def _do_all(errands: SimpleQueue[Errand | Trace], before_taking: Callable[[], None]) -> None:
-    while not errands.empty():
-        before_taking()
-        try:
-            errand = errands.get_nowait()
-        except Empty:
-            return
-        try:
-            _do(errand)
-        except BaseException:
-            if isinstance(errand, Trace) or not isinstance(errand[2], allocation.Core):
-                errands.put(errand)  # done twice is done once: handles are never used again; addresses are
-            raise
+def _do_one(errands: SimpleQueue[Errand | Trace]) -> None:
+    try:
+        errand = errands.get_nowait()
+    except Empty:
+        return
+    try:
+        _do(errand)
+    except BaseException:
+        if isinstance(errand, Trace) or not isinstance(errand[2], allocation.Core):
+            errands.put(errand)  # done twice is done once: handles are never used again; addresses are
+        raise
+
+
+@contextmanager
+def in_hand() -> Iterator[None]:
+    """Let others wait for what this thread takes and does in the block: see `work_off_with_others`."""
+    at_work, me = _process.at_work, threading.get_ident()
+    if me in at_work:
+        yield
+        return
+    at_work[me] = object()
+    try:
+        yield
+    finally:
+        at_work.pop(me, None)
 
 
 def work_off_with_others() -> None:

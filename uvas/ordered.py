@@ -19,7 +19,7 @@ from uvas._core._allocation import Hold
 from uvas.devices.cuda import driver
 from uvas.devices.cuda.marks import Mark, card_of, stream_pointer
 from uvas.errors import DeviceError, NotSupportedError, ReleasedError, UvasError
-from uvas.leases import Trace, find, work_off
+from uvas.leases import Trace, find, in_hand, work_off
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from uvas._core._allocation import Allocation
     from uvas.devices.base import Device
     from uvas.devices.cuda.card import Card
+
+    _Pending = tuple[list["Mark | _Later"], int, object]
 
 __all__ = ["cards_of", "collect", "free_in_order", "keep", "look", "note", "pending", "retire_in_order", "use"]
 
@@ -42,7 +44,7 @@ class _Process:
 
     def begin(self) -> None:
         self.lock = threading.Lock()  # of the lists; never held over a call
-        self.pending: list[tuple[list[Mark | _Later], int, object]] = []
+        self.pending: list[_Pending] = []
         """Marks to pass, the arena's handle, and what then gives the memory back by going."""
         self.used: dict[int, _Use] = {}
         self.kept: set[_Kept] = set()
@@ -314,22 +316,34 @@ def collect(arena_id: int | None = None, *, wait: bool = False) -> None:
     if wait:
         for keeper in [*keepers.get(arena_id or 0, ())]:
             keeper()
-    with _process.lock:
-        looked_at = [one for one in _process.pending if arena_id in (None, one[1])]
-        _process.pending = [one for one in _process.pending if arena_id not in (None, one[1])]
-    failures = []
+    failures: list[UvasError] = []
+    with in_hand():
+        with _process.lock:
+            looked_at = [one for one in _process.pending if arena_id in (None, one[1])]
+            _process.pending = [one for one in _process.pending if arena_id not in (None, one[1])]
+        done: list[_Pending] = []
+        try:
+            _look_at(looked_at, done, failures, wait=wait)
+        finally:  # an interrupt, say
+            gone = {id(one) for one in done}
+            with _process.lock:
+                _process.pending[:0] = [one for one in looked_at if id(one) not in gone]
+    if failures:
+        raise failures[0]
+
+
+def _look_at(looked_at: list[_Pending], done: list[_Pending], failures: list[UvasError], *, wait: bool) -> None:
     behind: set[tuple[Card, int]] = set()
-    for marks, arena, holder in looked_at:
+    for one in looked_at:
+        marks, _, holder = one
         try:
             _pass(marks, behind, wait=wait)
         except UvasError as error:
             failures.append(error)
-        if marks:
-            _add(marks, arena, holder)
-        elif isinstance(holder, _Settle):
-            holder.settle()
-    if failures:
-        raise failures[0]
+        if not marks:
+            done.append(one)
+            if isinstance(holder, _Settle):
+                holder.settle()
 
 
 def pending(arena_id: int) -> int:

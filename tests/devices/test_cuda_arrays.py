@@ -357,6 +357,55 @@ def test_a_block_used_on_a_stream_waits_for_it_however_it_is_freed(fake, arena, 
     assert fake.events == set()
 
 
+def test_an_arena_is_closed_while_another_thread_looks_at_what_is_pending(fake, space, stream, monkeypatch):
+    arena = uvas.Arena(space)
+    block = arena.alloc(1000)
+    stream.work()
+    block.free(after=stream)
+    fake.busy.clear()
+    looking, closing = threading.Event(), threading.Event()
+
+    def slowly(*arguments, **named):
+        if threading.current_thread() is other:
+            looking.set()
+            closing.wait(0.2)
+        passing(*arguments, **named)
+
+    passing = ordered._pass
+    monkeypatch.setattr(ordered, "_pass", slowly)
+    other = threading.Thread(target=ordered.collect)
+    other.start()
+    looking.wait()
+    arena.close()
+    closing.set()
+    other.join()
+    assert arena.closed
+
+
+def test_an_interrupt_while_streams_are_waited_for_loses_no_block(fake, arena, stream, monkeypatch):
+    blocks = [arena.alloc(1000) for _ in range(3)]
+    stream.work()
+    for block in blocks:
+        block.free(after=stream)
+    assert ordered.pending(arena._core.id) == 3
+    calls = iter([False, True])
+
+    def interrupted(*arguments, **named):
+        if next(calls):
+            raise KeyboardInterrupt
+        passing(*arguments, **named)
+
+    passing = ordered._pass
+    with monkeypatch.context() as one:
+        one.setattr(ordered, "_pass", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ordered.collect()
+    assert (ordered.pending(arena._core.id), live(arena)) == (3, 3)
+    fake.busy.clear()
+    ordered.collect()
+    assert (ordered.pending(arena._core.id), live(arena)) == (0, 0)
+
+
 END = ["free", "with", "drop", "an array over it"]
 
 
