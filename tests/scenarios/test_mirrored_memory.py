@@ -37,7 +37,7 @@ migrate_partial_unmap_fault migrate_remap_fault benchmark_thp_migration
 
 ELSEWHERE = {
     "anon_write_hugetlbfs": "pages of a pool are a descriptor's (map_fd of a hugetlb memfd), which is mapped and never "
-    "moves: file_read and file_write are the scenario; an arena of such pages is tested in tests/unit/test_arena.py",
+    "moves: file_read and file_write are the scenario; an arena of such pages is in tests/unit/test_arena_options.py",
     "hmm_gup_test": "test_mirrored_system_calls.py, with everything else that the kernel does to such memory",
     "migrate_remap_fault": "has no meaning: uvas has no verb that moves a range to other addresses",
     "benchmark_thp_migration": "a measurement: benchmarks/, which asserts no time",
