@@ -16,6 +16,8 @@ import pytest
 
 import uvas
 
+pytest.register_assert_rewrite("cuda_cards", "cupy_in_tests")  # fixtures of several files here, which tell what is left
+
 
 def children() -> set[int]:
     """The process ids of this process's children, zombies too."""
