@@ -83,6 +83,22 @@ def link_up(nodes: np.ndarray, values: list[int]) -> int:
     return following
 
 
+def chain(nodes: np.ndarray) -> int:
+    """Link nodes of two words, each to the one before it, with 5 in each; the address of the last."""
+    base, count = nodes.ctypes.data, len(nodes)
+    nodes[:, 1] = 5
+    nodes[0, 0] = 0
+    nodes[1:, 0] = base + 16 * np.arange(count - 1, dtype="u8")
+    return base + 16 * (count - 1)
+
+
+def count_up(word: np.ndarray, times: int) -> int:
+    """Add one again and again, in memory."""
+    for _ in range(times):
+        word[0] += 1
+    return int(word[0])
+
+
 def fresh_array() -> np.ndarray:
     """Return an array of the worker's own."""
     return np.arange(5)

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
+import on_device
 import opencl_kernels
 import pytest
 
 import uvas
 
 device, kernels = opencl_kernels.device, opencl_kernels.kernels
-
-
-def fill(array: np.ndarray) -> int:
-    """Link nodes in the worker; the address of the first."""
-    count = len(array)
-    base = array.ctypes.data
-    array[:, 1] = 5
-    array[0, 0] = 0
-    array[1:, 0] = base + 16 * np.arange(count - 1, dtype="u8")
-    return base + 16 * (count - 1)
 
 
 @pytest.fixture(params=["shared", "private"])
@@ -40,7 +30,7 @@ def test_a_kernel_meets_what_a_worker_wrote_and_the_other_way_round(device, kern
         held.commit()
         nodes, total = held.numpy("u8", (1000, 2)), held.numpy("i8", 1, offset=1 << 19)
         for _ in range(3):
-            first = worker.run(fill, nodes)
+            first = worker.run(on_device.chain, nodes)
             if private:
                 assert set(space.where(nodes)) == {uvas.PageFlag.device(1)}  # and nobody else has them
                 before = space.movement().host
@@ -56,23 +46,16 @@ def test_a_kernel_meets_what_a_worker_wrote_and_the_other_way_round(device, kern
         del nodes, total
 
 
-def count_up(word: np.ndarray, times: int) -> int:
-    """Add one again and again, in memory."""
-    for _ in range(times):
-        word[0] += 1
-    return int(word[0])
-
-
 def test_a_kernel_and_a_worker_write_into_one_page_at_the_same_time(device, kernels, worker):
     """With private memory it goes to and fro; nobody's words are lost."""
     with uvas.AddressSpace([worker, device], name="both") as space, space.reserve(1 << 16) as held:
         held.commit()
         theirs, ours, ready = held.numpy("u8", 1), held.numpy("u8", 1, offset=64), held.numpy("i4", 1, offset=128)
-        worker.run(count_up, theirs, 1)
+        worker.run(on_device.count_up, theirs, 1)
         future = device.submit(kernels("count"), 1, None, ours, 1 << 24, ready)
         while not ready[0] and not future.done():
             pass
-        assert worker.run(count_up, theirs, 20_000) == 20_001
+        assert worker.run(on_device.count_up, theirs, 20_000) == 20_001
         future.result(60)
         assert (theirs[0], ours[0]) == (20_001, 1 << 24)
         if worker.info.memory == "private":
