@@ -10,7 +10,7 @@ These come out, beside each other in ``uvas/_core``:
     The cffi module. Its declarations are the part of ``include/uvas.h`` between the cffi marks.
 ``_fast``, ``_allocation``, ``_handler``
     The calls that keep the GIL, written by hand: lookups (``_fast.c``), the blocks of arenas (``allocation/*.c``), and
-    what NumPy asks for memory (``_handler.c``).
+    what NumPy asks for memory (``handler/*.c``).
 
 All modules find the library beside themselves (``$ORIGIN``) and use the limited API, so that one wheel serves every
 Python from 3.11 on. Free-threaded Pythons have no limited API: there they are built for the one Python at hand.
