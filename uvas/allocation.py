@@ -1,4 +1,4 @@
-"""Blocks of an arena as Python objects. Their memory, and what speed asks for, is ``_core/_allocation.c``'s."""
+"""Blocks of an arena as Python objects. Their memory, and what speed asks for, is ``_core/allocation``'s."""
 
 from __future__ import annotations
 

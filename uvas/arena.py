@@ -1,6 +1,6 @@
 """Blocks of any size inside reservations: arenas, and the allocations that they hand out.
 
-The work is done in C: `uvas.h` has the arena's contract, ``_core/_allocation.c`` the objects. What the C core keeps of
+The work is done in C: `uvas.h` has the arena's contract, ``_core/allocation`` the objects. What the C core keeps of
 the blocks lies apart from their memory, which may be on a device, protected, or not there at all.
 """
 

@@ -39,7 +39,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from uvas._core.build import COMPILE, FREE_THREADED, LIBRARY_FILE, LIMITED_API, LINK
+from uvas._core.build import COMPILE, FREE_THREADED, LIBRARY_FILE, LIMITED_API, LINK, MODULE_COMPILE
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[1]
@@ -190,22 +190,29 @@ class Workshop:
         compiler = shlex.split(os.environ.get("CC", "gcc"))
         subprocess.run([*compiler, *sorted(objects.glob("*.o")), *LINK, "-o", target], check=True, capture_output=True)
 
-    def build_module(self, copy: Path, source: Path) -> None:
-        """Put one of the modules that are written by hand into a copy."""
-        target = next(source.parent.glob(f"{source.stem}.*.so"))
+    def build_modules(self, copy: Path, changed: tuple[Path, ...]) -> None:
+        """Put those of the modules written by hand into a copy that a changed file is part of: _name.c, or in name/."""
+        for target in list((copy / CORE).glob("_*.so")):
+            name = target.name.partition(".")[0]
+            alone, folder = CORE / f"{name}.c", CORE / name.removeprefix("_")
+            if any(file == alone or file.parent == folder for file in changed):
+                self.build_module(copy, sorted((copy / folder).glob("*.c")) or [copy / alone], target)
+
+    def build_module(self, copy: Path, sources: list[Path], target: Path) -> None:
+        """Compile and link one of them."""
         limited = [] if FREE_THREADED else [f"-DPy_LIMITED_API={LIMITED_API}"]
         include = [f"-I{copy / CORE / 'include'}", f"-I{sysconfig.get_path('include')}"]
-        link = ["-shared", source, "-L", source.parent, "-luvas", "-Wl,-rpath,$ORIGIN", "-o", target]
+        link = ["-shared", *sources, "-L", target.parent, "-luvas", "-Wl,-rpath,$ORIGIN", "-o", target]
         compiler = shlex.split(os.environ.get("CC", "gcc"))
         target.unlink()
-        subprocess.run([*compiler, "-O2", "-fPIC", "-w", *limited, *include, *link], check=True, capture_output=True)
+        command = [*compiler, "-O2", "-fPIC", "-w", *MODULE_COMPILE, *limited, *include, *link]
+        subprocess.run(command, check=True, capture_output=True)
 
     def mutate(self, mutant: Mutant) -> Path:
         """Make a copy with the patch in it, and built."""
         copy = self.copy(mutant.name)
         subprocess.run(["git", "apply", "-C1", mutant.patch], cwd=copy, check=True, capture_output=True)
-        for module in (copy / file for file in mutant.files if file.suffix == ".c" and file.parent == CORE):
-            self.build_module(copy, module)
+        self.build_modules(copy, mutant.files)
         sources = made_of(copy / CORE / "src", {file.name for file in mutant.files if file.parent == CORE / "src"})
         if sources and not mutant.killer.in_c:  # the C tests compile the core themselves
             objects = self.directory / f"{mutant.name}.objects"

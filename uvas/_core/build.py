@@ -9,7 +9,8 @@ These come out, beside each other in ``uvas/_core``:
 ``_cffi``
     The cffi module. Its declarations are the part of ``include/uvas.h`` between the cffi marks.
 ``_fast``, ``_allocation``, ``_handler``
-    The calls that keep the GIL, written by hand: lookups, the blocks of arenas, and what NumPy asks for memory.
+    The calls that keep the GIL, written by hand: lookups (``_fast.c``), the blocks of arenas (``allocation/*.c``), and
+    what NumPy asks for memory (``handler/*.c``).
 
 All modules find the library beside themselves (``$ORIGIN``) and use the limited API, so that one wheel serves every
 Python from 3.11 on. Free-threaded Pythons have no limited API: there they are built for the one Python at hand.
@@ -53,6 +54,7 @@ LINK = [
     "-Wl,-z,now",  # uvas_find is async-signal-safe; the loader's lock, which lazy binding takes, is not
     "-ldl",
 ]
+MODULE_COMPILE = ["-fvisibility=hidden"]  # beside what Python gives: what a module's files share is theirs alone
 
 LIMITED_API = "0x030B0000"  # Python 3.11
 LIMITED_TAG = "cp311"
@@ -109,11 +111,14 @@ class BuildExt(build_ext):
 
     def complete_module(self, module: Extension) -> None:
         """Link a module to the library beside it. By assignment: setuptools may finalize more than once."""
+        folder = HERE / module.name.rpartition("._")[2]  # of a module that has more than one file
+        module.sources = sorted(map(str, folder.glob("*.c"))) or module.sources
         module.include_dirs = [str(INCLUDE)]
+        module.extra_compile_args = MODULE_COMPILE
         module.libraries = ["uvas"]
         module.library_dirs = [str(Path(self.build_lib, HERE))]
         module.extra_link_args = ["-Wl,-rpath,$ORIGIN"]
-        module.depends = [str(HEADER), str(HERE / "build.py")]
+        module.depends = sorted(map(str, [HEADER, *folder.glob("*.h"), HERE / "build.py"]))
         module.py_limited_api = not FREE_THREADED
         module.define_macros = [] if FREE_THREADED else [("Py_LIMITED_API", LIMITED_API)]
 
