@@ -9,9 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-static _Thread_local struct uvas_failure *last;
+static _Thread_local struct uvas_failure *last; /* the thread's own, or the spare one; NULL: nothing has failed */
 static const struct uvas_failure none;
-static struct uvas_failure spare; /* of threads for which there was no memory: better a record that others may change than none */
+static struct uvas_failure spare; /* of threads while there is no memory for one: better a record that others may change than none */
 static pthread_key_t at_thread_end;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static int has_key;
@@ -30,17 +30,14 @@ static void make_key(void) {
 }
 
 static struct uvas_failure *record(void) {
-    if (!last) {
+    if (!last || last == &spare) {
         (void)pthread_once(&once, make_key);
         struct uvas_failure *made = has_key ? calloc(1, sizeof *made) : NULL;
         if (made && pthread_setspecific(at_thread_end, made) != 0) {
             free(made);
             made = NULL;
         }
-        if (!made) {
-            return &spare;
-        }
-        last = made;
+        last = made ? made : &spare;
     }
     return last;
 }
