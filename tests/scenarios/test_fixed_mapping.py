@@ -288,11 +288,11 @@ AT_MAX_MAP_COUNT = """
             limit = int(open("/proc/sys/vm/max_map_count").read())
             if limit > 200_000:
                 raise SystemExit(0)  # too many to fill
+            spare = [libc.malloc(1000) for _ in range(400)][::2]
             stranger = Stranger(ARENA, PAGE)
             filler = ARENA + 16 * MIB
             while map_at(filler, PAGE, 0):
                 filler += 2 * PAGE
-            spare = [libc.malloc(1000) for _ in range(400)][::2]
             while libc.malloc(12_000) or libc.malloc(3_000) or libc.malloc(1_000):
                 pass  # nor does the heap have what the kernel has not
             for block in spare:
