@@ -62,6 +62,7 @@ def test_in_a_child_the_verbs_of_the_parents_space_are_dead(mirror: Mirror) -> N
         for verb in (
             lambda: mirror.space.prefetch(held, "host"),
             lambda: mirror.space.where(held),
+            lambda: mirror.space.where(held.range),
             lambda: mirror.space.discard(held),
             lambda: mirror.space.advise(held, "read_mostly", None),
             lambda: mirror.space.pin_host(held).__enter__(),
@@ -74,7 +75,7 @@ def test_in_a_child_the_verbs_of_the_parents_space_are_dead(mirror: Mirror) -> N
                 said.append(type(error).__name__)
         return [*said, str(differ_here(held.base, held.size, 5))]
 
-    assert Child(work).answer() == ["ReleasedError"] * 6 + ["0"]
+    assert Child(work).answer() == ["ReleasedError"] * 7 + ["0"]
     assert mirror.differ(0, held.base, held.size, 5) == 0
 
 
