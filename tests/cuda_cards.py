@@ -10,7 +10,7 @@ driver_module = pytest.importorskip(
     "cuda.bindings.driver", reason="cuda-bindings is not installed: pip install 'uvas[test]'"
 )
 
-from fake_cuda import GRANULARITY, FakeCard, FakeDriver, fake_driver  # noqa: E402
+from fake_cuda import GRANULARITY, FakeCard, FakeDriver, fake_driver  # noqa: E402  # it needs the bindings
 
 UNIT = GRANULARITY
 Plug = Callable[..., FakeDriver]

@@ -22,7 +22,7 @@ class CudaParty:
 
     def __init__(self, patch: Any, real: bool, numbers: count[int]) -> None:
         self.fake: Any = _the_real(self.strategy) if real else _the_fake(patch)
-        self.device = uvas.CudaDevice(0 if real else next(numbers), strategy=self.strategy)  # type: ignore[arg-type]
+        self.device = uvas.CudaDevice(0 if real else next(numbers), strategy=self.strategy)
         self.name = self.device.info.name
 
     def committed(self, range: uvas.Range) -> str | None:
@@ -114,7 +114,7 @@ def _the_real(strategy: str) -> None:
 
     forget()
     try:
-        uvas.CudaDevice(strategy=strategy).close()  # type: ignore[arg-type]
+        uvas.CudaDevice(strategy=strategy).close()
     except uvas.NotSupportedError as error:
         pytest.skip(f"no hardware for it: {error}")
 

@@ -15,7 +15,7 @@ import uvas
 pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings: pip install 'uvas[test]'")
 cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install 'uvas[cuda]'")
 
-from fake_cuda import GRANULARITY, HMM_CARD, REGISTER_CARD, VMM_CARD, FakeCard, FakeDriver, fake_driver  # noqa: E402
+from fake_cuda import GRANULARITY, HMM_CARD, REGISTER_CARD, VMM_CARD, FakeCard, FakeDriver, fake_driver  # noqa: E402  # it needs the bindings
 
 UNIT = GRANULARITY
 

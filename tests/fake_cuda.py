@@ -151,7 +151,7 @@ class FakeDriver:
             # On failure what comes back besides is garbage.
             return values if not int(values[0]) else (values[0], *([0xDEAD_0000] * (_VALUES.get(name, 0))))
 
-        entry.fake = self  # type: ignore[attr-defined]
+        entry.fake = self
         return entry
 
     def leaks(self) -> list[str]:
@@ -168,7 +168,7 @@ class FakeDriver:
         """All that it holds for the first cards and the host, to be compared."""
         seen = [0, 1, *range(2, cards), "host"]
         mapped = {
-            base: (one.size, one.handle.number, [one.access.get(place, 0) for place in seen])  # type: ignore[call-overload]
+            base: (one.size, one.handle.number, [one.access.get(place, 0) for place in seen])
             for base, one in self.mapped.items()
         }
         handles = {number: (one.held, one.mapped) for number, one in self.handles.items()}
@@ -424,12 +424,12 @@ class FakeDriver:
                     place == "host" and (on_card >= 0 or int(description.location.type) != one.handle.kind)
                 ):
                     return _ANSWERS.CUDA_ERROR_INVALID_DEVICE
-                if apart and not (self.cards[on_card].peers and self.cards[place].peers):  # type: ignore[index]
+                if apart and not (self.cards[on_card].peers and self.cards[place].peers):
                     return _ANSWERS.CUDA_ERROR_INVALID_DEVICE
         for description in descriptions:
             place, flags = self._place(description.location), int(description.flags)
             for one in inside:
-                one.access[place] = flags  # type: ignore[index]
+                one.access[place] = flags
                 if place == "host":
                     assert libc.mprotect(one.base, one.size, _PROTECTIONS[flags]) == 0
         return _OK

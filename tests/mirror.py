@@ -52,7 +52,7 @@ def library() -> str:
 
 def function(symbol: str, result: str = "int64") -> uvas.CFunction:
     """One of its functions, to be run by a device or, called, by the host."""
-    return uvas.CFunction(library(), symbol, result)  # type: ignore[arg-type]
+    return uvas.CFunction(library(), symbol, result)
 
 
 @contextlib.contextmanager

@@ -126,8 +126,8 @@ def test_an_index_that_two_devices_probe() -> None:
     faults = re.findall(r"^   (host|left|right): (\d+) faults, (\d+) KiB came in", out, re.MULTILINE)
     assert [name for name, _, _ in faults] == ["host", "left", "right"] * 2
     assert all(int(count) > 0 for _, count, _ in faults)
-    table = int(re.search(r"the table of keys, (\d+) KiB, stayed", out)[1])  # type: ignore[index]
-    again = int(re.search(r"by the host (\d+) KiB came to left anew", out)[1])  # type: ignore[index]
+    table = int(re.search(r"the table of keys, (\d+) KiB, stayed", out)[1])
+    again = int(re.search(r"by the host (\d+) KiB came to left anew", out)[1])
     assert table == 512
     assert 0 < again < 2 * table + 1024
 

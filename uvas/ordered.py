@@ -275,6 +275,7 @@ def free_in_order(block: Allocation, after: object) -> None:
     retire_in_order(block, after)
 
 
+@in_hand()  # until it is pending, no one else sees it
 def retire_in_order(block: Allocation, after: object = None) -> None:
     """Do the same where arrays may live over it yet. Only `after` may not be in the middle of a capture."""
     can_ask = after is not None or driver.usable()

@@ -72,7 +72,7 @@ def test_what_only_a_copy_could_do_is_refused(space, arena, current):
     with pytest.raises(ValueError, match="read-only"):
         uvas.ascupy(readonly)
     with pytest.raises(TypeError, match="for NumPy arrays"):
-        uvas.ascupy([1, 2])  # type: ignore[arg-type]
+        uvas.ascupy([1, 2])
     with pytest.raises(TypeError, match="CuPy array is wanted"):
         uvas.asnumpy(np.zeros(3))
     foreign = np.zeros(4)
@@ -201,6 +201,6 @@ def test_dlpack_tells_what_the_memory_is(device, arena):
     with pytest.raises(BufferError):
         cuda.__dlpack__(dl_device=(2, 0))
     with pytest.raises(ValueError, match="neither 'cpu' nor 'cuda'"):
-        uvas.dlpack(array, "tpu")  # type: ignore[arg-type]
+        uvas.dlpack(array, "tpu")
     with pytest.raises(ValueError, match="no CUDA device shares"):
         uvas.dlpack(np.zeros(2), "cuda")

@@ -48,7 +48,7 @@ def gpu(real, monkeypatch) -> Iterator[Callable[[str], uvas.CudaDevice]]:
 
     def one(strategy: str) -> uvas.CudaDevice:
         try:
-            made.append(uvas.CudaDevice(strategy=strategy))  # type: ignore[arg-type]
+            made.append(uvas.CudaDevice(strategy=strategy))
         except uvas.NotSupportedError as error:
             pytest.skip(f"no hardware for it: {error}")
         return made[-1]
@@ -85,7 +85,7 @@ def kernel(source: str, name: str) -> object:
 def launch(kernel: object, blocks: int, *arguments: object) -> None:
     import cupy
 
-    kernel((blocks,), (256,), arguments)  # type: ignore[operator]
+    kernel((blocks,), (256,), arguments)
     cupy.cuda.get_current_stream().synchronize()
 
 

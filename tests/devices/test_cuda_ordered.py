@@ -54,7 +54,7 @@ def test_free_takes_nothing_else(arena, stream):
     with arena.alloc(100) as block:
         for wrong in (lambda: block.free(stream), lambda: block.free(before=stream)):
             with pytest.raises(TypeError, match="after=stream"):
-                wrong()  # type: ignore[call-arg]
+                wrong()
         with pytest.raises(TypeError, match="no CUDA stream"):
             block.free(after="soon")
         assert not block.freed
@@ -111,6 +111,30 @@ def test_an_arena_is_closed_while_another_thread_looks_at_what_is_pending(fake, 
     other = threading.Thread(target=ordered.collect)
     other.start()
     looking.wait()
+    arena.close()
+    closing.set()
+    other.join()
+    assert arena.closed
+
+
+def test_an_arena_is_closed_while_another_thread_frees_its_last_block(fake, space, stream, monkeypatch):
+    """That is retired, and not yet pending."""
+    arena = uvas.Arena(space)
+    block = arena.alloc(1000)
+    stream.work()
+    freeing, closing = threading.Event(), threading.Event()
+
+    def slowly(*arguments):
+        freeing.set()
+        closing.wait(0.2)
+        fake.busy.clear()
+        return looking(*arguments)
+
+    looking = ordered._look_first
+    monkeypatch.setattr(ordered, "_look_first", slowly)
+    other = threading.Thread(target=lambda: block.free(after=stream))
+    other.start()
+    freeing.wait()
     arena.close()
     closing.set()
     other.join()

@@ -52,7 +52,7 @@ def test_what_is_no_card_and_no_strategy(plug):
     with pytest.raises(ValueError, match="there is no CUDA card 1"):
         uvas.CudaDevice(1)
     with pytest.raises(ValueError, match="no strategy"):
-        uvas.CudaDevice(strategy="magic")  # type: ignore[arg-type]
+        uvas.CudaDevice(strategy="magic")
 
 
 def test_one_visible_card_spoils_registration_for_all(plug):

@@ -72,7 +72,7 @@ def a_scene(backing: str, devices: int) -> Iterator[Scene]:
     fd = os.memfd_create("scene")
     os.ftruncate(fd, 4 * PAGE)
     parties = [TableDevice(f"table{i}") for i in range(devices)]
-    space = uvas.AddressSpace(parties, window=WINDOW, name="scene", backing=backing)  # type: ignore[arg-type]
+    space = uvas.AddressSpace(parties, window=WINDOW, name="scene", backing=backing)
     try:
         held = space.reserve(16 * PAGE, name="held")
         held.commit(0, 3 * PAGE)
@@ -217,7 +217,7 @@ def test_every_device_call_of_every_verb(name: str, lasting: bool) -> None:
             counter.stop()
             scene.space.check()
             if name == "reserve":
-                made_by_verb.release()  # type: ignore[attr-defined]
+                made_by_verb.release()
             if made < k:
                 break
     else:

@@ -62,7 +62,7 @@ def snapshot(scene: Scene, lasting: bool) -> tuple[object, ...]:
 def a_scene(patch: Any, strategy: str) -> Iterator[Scene]:
     """A reservation of 8 units: one with bytes in it, a read-only one, the rest not committed."""
     with fake_driver(patch, *(FakeCard(dict(HMM_CARD)) for _ in range(3))) as fake:
-        devices = [uvas.CudaDevice(index, strategy=strategy) for index in range(2)]  # type: ignore[arg-type]
+        devices = [uvas.CudaDevice(index, strategy=strategy) for index in range(2)]
         window = uvas.Range(next(WINDOWS), 64 * UNIT)
         space = uvas.AddressSpace(devices, window=window, name="scene")
         held = space.reserve(8 * UNIT, name="held")
@@ -137,7 +137,7 @@ def test_every_driver_call_of_every_verb(monkeypatch, strategy: str, name: str, 
                     assert uvas.find(scene.held.base) is None
                     with pytest.raises(uvas.AddressInUseError, match="poisoned"):
                         scene.space.reserve(UNIT, at=scene.held.base)
-                    told_by_device += refusal.unrecoverable  # type: ignore[union-attr]
+                    told_by_device += refusal.unrecoverable
                     poisonings += 1
                     abandon(scene)
                     continue
@@ -188,7 +188,7 @@ def test_every_call_of_making_a_device(monkeypatch, strategy: str) -> None:
         with fake_driver(monkeypatch, FakeCard(dict(HMM_CARD)), FakeCard(dict(HMM_CARD))) as fake:
             fake.fail(k)
             try:
-                device = uvas.CudaDevice(1, strategy=strategy)  # type: ignore[arg-type]
+                device = uvas.CudaDevice(1, strategy=strategy)
             except REFUSALS:
                 fake.fail(0)
                 assert left(fake) == [], f"call {k}"

@@ -113,7 +113,7 @@ class MirrorMachine(RuleBasedStateMachine):
         part, end = self._range(first, length)
         if not all(self.model.granules[first:end]):
             return
-        self.space.advise(part, advice, self.devices[1] if advice == "accessed_by" else None)  # type: ignore[arg-type]
+        self.space.advise(part, advice, self.devices[1] if advice == "accessed_by" else None)
         touched = set(range(first, end))
         self.model.homed = self.model.homed - touched if advice is None else self.model.homed | touched
 

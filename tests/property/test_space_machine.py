@@ -59,7 +59,7 @@ class SpaceMachine(RuleBasedStateMachine):
             window=WINDOW,
             backing=backing,
             tagged=tagged,
-            name="machine",  # type: ignore[arg-type]
+            name="machine",
         )
         self.other = uvas.AddressSpace(name="other") if others else None
 

@@ -73,11 +73,11 @@ def test_numbers_that_cannot_be(arena: uvas.Arena, size: int, align: int, said: 
 @pytest.mark.parametrize("size", ["8", 8.0, None, True, b"8"])
 def test_what_is_no_number(arena: uvas.Arena, size: object) -> None:
     with pytest.raises(TypeError, match=r"size"):
-        arena.alloc(size)  # type: ignore[arg-type]
+        arena.alloc(size)
     with pytest.raises(TypeError):
-        arena.alloc_many([size])  # type: ignore[list-item]
+        arena.alloc_many([size])
     with pytest.raises(TypeError, match=r"align"):
-        arena.alloc(8, align=size)  # type: ignore[arg-type]
+        arena.alloc(8, align=size)
 
 
 def test_arguments_as_of_any_function(arena: uvas.Arena) -> None:
@@ -87,9 +87,9 @@ def test_arguments_as_of_any_function(arena: uvas.Arena) -> None:
         with pytest.raises(TypeError, match="alloc"):
             wrong()
     with pytest.raises(TypeError, match="flavour"):
-        arena.alloc(8, flavour=1)  # type: ignore[call-arg]
+        arena.alloc(8, flavour=1)
     with pytest.raises(TypeError):
-        arena.alloc_many(8)  # type: ignore[arg-type]
+        arena.alloc_many(8)
     with pytest.raises(TypeError, match="alloc"):
         uvas.Allocation()
 
@@ -154,12 +154,12 @@ def test_views_of_other_libraries_keep_it_too(arena: uvas.Arena) -> None:
 def test_no_buffer_that_numpy_would_not_hold(arena: uvas.Arena) -> None:
     block = arena.alloc(80)
     with pytest.raises(TypeError):
-        memoryview(block)  # type: ignore[arg-type]
+        memoryview(block)
     with pytest.raises(TypeError):
-        np.ndarray(8, "u1", buffer=block)  # type: ignore[call-overload]
+        np.ndarray(8, "u1", buffer=block)
     base = block.numpy("u1").base
     with pytest.raises(TypeError):
-        np.ndarray(8, "u1", buffer=base.base if isinstance(base, np.ndarray) else base)  # type: ignore[call-overload]
+        np.ndarray(8, "u1", buffer=base.base if isinstance(base, np.ndarray) else base)
     del base
     block.free()
 
@@ -172,7 +172,7 @@ def test_cycles_do_not_keep_it(arena: uvas.Arena) -> None:
     try:
         block = arena.alloc(100)
         knot = Knot()
-        knot.array, knot.itself = block.numpy("u1"), knot  # type: ignore[attr-defined]
+        knot.array, knot.itself = block.numpy("u1"), knot
         del knot
         assert block.holds == 1
         block.free()  # collects
@@ -190,7 +190,7 @@ def test_with_frees(arena: uvas.Arena) -> None:
 
 
 def test_with_is_kind_to_arrays_and_exceptions(arena: uvas.Arena) -> None:
-    with pytest.raises(KeyError, match="mine"), arena.alloc(100) as block:  # noqa: PT012
+    with pytest.raises(KeyError, match="mine"), arena.alloc(100) as block:  # noqa: PT012  # what raises is the block
         array = block.numpy("u1")
         array[:] = 5
         raise KeyError("mine")
@@ -230,7 +230,7 @@ def test_arrays_that_cannot_be(arena: uvas.Arena, dtype: str, shape: int, offset
 
 def test_what_is_said_of_arguments_names_the_class(arena: uvas.Arena) -> None:
     with arena.alloc(100) as block, pytest.raises(TypeError, match=r"Allocation\.numpy\(\)"):
-        block.numpy()  # type: ignore[call-arg]
+        block.numpy()
 
 
 def test_not_to_be_copied_or_pickled(arena: uvas.Arena) -> None:

@@ -56,7 +56,7 @@ def test_with_closes_or_waits_for_the_last_block(space: uvas.AddressSpace) -> No
     with uvas.Arena(space) as arena:
         pass
     assert arena.closed
-    with pytest.raises(KeyError, match="mine"), uvas.Arena(space) as arena:  # noqa: PT012
+    with pytest.raises(KeyError, match="mine"), uvas.Arena(space) as arena:  # noqa: PT012  # what raises is the block
         first, second = arena.alloc(PAGE), arena.alloc(PAGE)
         array = second.numpy("u1")
         raise KeyError("mine")
@@ -193,7 +193,7 @@ def test_a_cache_that_the_callback_refers_to_goes_with_the_arena(space: uvas.Add
 
     cache = Cache()
     things = [uvas.Arena(space, exhausted=cache.drop), cache]
-    cache.append(things[0].alloc(1000))  # type: ignore[attr-defined]
+    cache.append(things[0].alloc(1000))
     base, gone = cache[0].base, weakref.ref(things[0])
     del cache
     with pytest.warns(ResourceWarning, match="never closed"):

@@ -33,9 +33,9 @@ def test_find_and_allocation_of(arena: uvas.Arena, space: uvas.AddressSpace) -> 
         assert uvas.allocation_of(nowhere) is None
     for wrong in ("here", 1.5, [1]):
         with pytest.raises(TypeError):
-            uvas.allocation_of(wrong)  # type: ignore[arg-type]
+            uvas.allocation_of(wrong)
         with pytest.raises(TypeError):
-            uvas.is_unified(wrong)  # type: ignore[arg-type]
+            uvas.is_unified(wrong)
     del array
     base = block.base
     block.free()

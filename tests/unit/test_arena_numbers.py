@@ -23,7 +23,7 @@ def test_stats(arena: uvas.Arena) -> None:
     assert stats.largest_hole <= stats.hole_bytes
     assert 0 <= stats.fragmentation <= 1
     with pytest.raises(AttributeError):
-        stats.live_blocks = 0  # type: ignore[misc]
+        stats.live_blocks = 0
     blocks.clear()
     assert arena.stats().peak_bytes >= 4 * MIB
     assert arena.trim() > 0

@@ -33,13 +33,13 @@ import uvas
 )
 def test_options_that_there_are_not(space: uvas.AddressSpace, options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(options)))):
-        uvas.Arena(space, **options)  # type: ignore[arg-type]
+        uvas.Arena(space, **options)
 
 
 @pytest.mark.parametrize("options", [{"name": 5}, {"exhausted": 5}, {"limit": 1.5}, {"node": "0"}])
 def test_options_of_another_type(space: uvas.AddressSpace, options: dict[str, object]) -> None:
     with pytest.raises(TypeError, match=str(next(iter(options)))):
-        uvas.Arena(space, **options)  # type: ignore[arg-type]
+        uvas.Arena(space, **options)
 
 
 def test_names_that_c_would_cut(space: uvas.AddressSpace) -> None:
@@ -57,13 +57,13 @@ def test_homes_that_there_are_not(space: uvas.AddressSpace, arena: uvas.Arena) -
     block = arena.alloc(8)
     for home in (None, 5, block, uvas.find(block.base)):
         with pytest.raises(TypeError, match="lives in"):
-            uvas.Arena(home)  # type: ignore[arg-type]
+            uvas.Arena(home)
     held = space.reserve(PAGE)
     held.release()
     with pytest.raises(uvas.ReleasedError):
         uvas.Arena(held)
     with pytest.raises(TypeError):
-        uvas.Arena()  # type: ignore[call-arg]
+        uvas.Arena()
 
 
 def test_huge_pages_are_refused_with_the_remedy_or_used(space: uvas.AddressSpace) -> None:
@@ -97,7 +97,7 @@ def test_transparent_pages_poison_and_no_idle_time(space: uvas.AddressSpace) -> 
 def test_what_finalizers_may_not_wait_for_is_done_by_the_next_verb(
     space: uvas.AddressSpace, options: dict[str, str]
 ) -> None:
-    with uvas.Arena(space, limit=2 * MIB, **options) as arena:  # type: ignore[arg-type]
+    with uvas.Arena(space, limit=2 * MIB, **options) as arena:
         for _ in range(5):
             arena.alloc(MIB + MIB // 2)  # dropped, and the next one has room
         array = arena.alloc(MIB).numpy("u1")

@@ -605,11 +605,11 @@ main()
 def test_what_is_no_arena_is_refused_at_once(space: uvas.AddressSpace) -> None:
     for one in ("arena", 5, space):
         with pytest.raises(TypeError, match="from an Arena"):
-            uvas.numpy_allocator(one)  # type: ignore[arg-type]
+            uvas.numpy_allocator(one)
 
 
 def test_a_limit_may_be_any_integer(space: uvas.AddressSpace) -> None:
-    with uvas.Arena(space, limit=np.int64(1 << 20)) as arena:  # type: ignore[arg-type]
+    with uvas.Arena(space, limit=np.int64(1 << 20)) as arena:
         with uvas.numpy_allocator(arena):
             array = np.ones(10)
         assert is_from(array, arena)

@@ -51,7 +51,7 @@ def test_find_gives_back_the_very_object(space: uvas.AddressSpace) -> None:
     assert uvas.find(-1) is None
     assert uvas.find(1 << 70) is None
     with pytest.raises(TypeError):
-        uvas.find("here")  # type: ignore[arg-type]
+        uvas.find("here")
     base = held.base
     held.release()
     assert uvas.find(base) is None
@@ -152,7 +152,7 @@ def test_memory_comes_and_goes_and_addresses_stay(space: uvas.AddressSpace) -> N
 @pytest.mark.parametrize("backing", ["anonymous", "memfd"])
 @pytest.mark.parametrize("tagged", [True, False])
 def test_decommitted_memory_reads_as_zeros_again(backing: str, tagged: bool) -> None:
-    with uvas.AddressSpace(backing=backing, tagged=tagged) as space, space.reserve(4 * PAGE) as held:  # type: ignore[arg-type]
+    with uvas.AddressSpace(backing=backing, tagged=tagged) as space, space.reserve(4 * PAGE) as held:
         held.commit()
         held.numpy("u1")[:] = 9
         held.decommit()
@@ -223,7 +223,7 @@ def test_map_fd_shares_a_file(space: uvas.AddressSpace) -> None:
             with pytest.raises((ValueError, OSError)):
                 held.map_fd(1, offset=offset, size=size)
         with pytest.raises(ValueError, match="neither"):
-            held.map_fd(1, offset=0, size=PAGE, sharing="both")  # type: ignore[arg-type]
+            held.map_fd(1, offset=0, size=PAGE, sharing="both")
         with pytest.raises(OSError, match="Bad file descriptor"):
             held.map_fd(12345, offset=0, size=PAGE)
 
@@ -243,7 +243,7 @@ def test_no_arrays_of_objects(space: uvas.AddressSpace, dtype: object) -> None:
     with space.reserve(PAGE) as held:
         held.commit()
         with pytest.raises(TypeError, match="Python objects"):
-            held.numpy(dtype)  # type: ignore[arg-type]
+            held.numpy(dtype)
 
 
 def test_shapes_and_offsets(space: uvas.AddressSpace) -> None:
@@ -406,21 +406,21 @@ def test_addresses_cannot_be_copied(space: uvas.AddressSpace, copier: object) ->
     with space.reserve(PAGE) as held:
         for one in (space, held):
             with pytest.raises(TypeError, match="cannot be pickled or copied"):
-                copier(one)  # type: ignore[operator]
+                copier(one)
 
 
 @pytest.mark.parametrize(("name", "value"), [("size", 1.5), ("size", True), ("size", "1"), ("at", 2.5), ("align", [])])
 def test_numbers_are_integers(space: uvas.AddressSpace, name: str, value: object) -> None:
     with pytest.raises(TypeError, match=r"integer|bytes"):
-        space.reserve(**({"size": PAGE} | {name: value}))  # type: ignore[arg-type]
-    with space.reserve(np.int64(PAGE)) as held:  # type: ignore[arg-type]  # an integer for all who use numpy
+        space.reserve(**({"size": PAGE} | {name: value}))
+    with space.reserve(np.int64(PAGE)) as held:  # an integer for all who use numpy
         assert held.size == PAGE
 
 
 def test_options_are_checked() -> None:
     for options in ({"backing": "paper"}, {"attempts": 0}, {"attempts": -1}, {"window": (1 << 60, 1 << 60)}):
         with pytest.raises(ValueError, match=r"0x|paper|attempts"):
-            uvas.AddressSpace(**options)  # type: ignore[arg-type]
+            uvas.AddressSpace(**options)
 
 
 def test_threads_get_disjoint_ranges(space: uvas.AddressSpace) -> None:
